@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
 
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
-from sacrebleu.significance import PairedTest
+from sacrebleu.significance import PairedTest, Result
 
 from engine_fast.errors import DataError
 
@@ -45,7 +47,7 @@ def signatures(num_references: int = 1, *, tokenize: str = "13a") -> dict[str, s
 
 def repetition_rate(sentences: Sequence[Sequence[object]]) -> float:
     """Share of tokens equal to the token before them; 0 for no tokens. A token is a word or an id, as given."""
-    repeated = sum(a == b for sentence in sentences for a, b in zip(sentence, sentence[1:], strict=False))
+    repeated = sum(a == b for sentence in sentences for a, b in pairwise(sentence))
     return repeated / max(1, sum(len(sentence) for sentence in sentences))
 
 
@@ -88,7 +90,7 @@ def paired_bootstrap(
     """
     for hypotheses in systems.values():
         _check(hypotheses, references)
-    named = [(baseline, list(systems[baseline]))]
+    named: list[tuple[str, Sequence[str]]] = [(baseline, list(systems[baseline]))]
     named += [(name, list(lines)) for name, lines in systems.items() if name != baseline]
     previous = os.environ.get("SACREBLEU_SEED")
     os.environ["SACREBLEU_SEED"] = str(seed)  # PairedTest takes its seed from nowhere else
@@ -108,10 +110,11 @@ def paired_bootstrap(
             os.environ["SACREBLEU_SEED"] = previous
     found: dict[str, Bootstrap] = {}
     for (name, lines), result in zip(named, scores["BLEU"], strict=True):
-        p_value = None if name == baseline else float(result.p_value)  # type: ignore[union-attr]
+        assert isinstance(result, Result)
+        p_value = None if name == baseline else result.p_value
         if name != baseline and lines == named[0][1]:
             p_value = 1.0  # sacreBLEU counts "larger than", and calls no difference at all significant
-        found[name] = Bootstrap(float(result.mean), float(result.ci), p_value)  # type: ignore[union-attr]
+        found[name] = Bootstrap(cast(float, result.mean), cast(float, result.ci), p_value)
     return found
 
 

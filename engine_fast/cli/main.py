@@ -1,0 +1,109 @@
+"""The `engine-fast` program: a table of commands, each loaded only when it is called, and one way to fail.
+
+Exit codes: 0 done; 2 a mistake that the message explains (ours to name, the user's to mend); 130 interrupted, with the
+state saved; 1 a bug, with its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import sys
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from engine_fast.errors import EngineFastError
+
+# name -> (sibling module, help). The function in the module bears the module's name. `import` is a keyword of Python.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("demo", "Generate a corpus, train teacher, CMLM and ENGINE on it, write results.json and report.html."),
+    "run": ("run", "Run a whole recipe from a configuration file, resumable stage by stage."),
+    "prepare": ("prepare", "Clean a parallel corpus, train its vocabulary and write id shards."),
+    "train": ("train", "Train one stage: teacher, cmlm or engine."),
+    "distill": ("distill", "Translate the training sources with the teacher's beam search."),
+    "translate": ("translate", "Translate lines from standard input to standard output."),
+    "score": ("score", "Energy of each translation under a teacher, in nats, one per line."),
+    "evaluate": ("evaluate", "Measure every system of a run again: BLEU, chrF, energy, repetition, speed."),
+    "report": ("report", "Write a run's report.html from its results."),
+    "import": ("import_", "Turn a fairseq-style checkpoint into a model directory."),
+    "doctor": ("doctor", "Say what is installed, compiled and usable, and what to do about the rest."),
+}
+
+_DISK = {errno.ENOSPC, errno.EDQUOT}
+_DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class LazyGroup(TyperGroup):
+    """Lists commands from COMMANDS and imports a command's module when that command is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A placeholder that carries the help line; what runs comes from resolve_command."""
+        return TyperCommand(cmd_name, help=COMMANDS[cmd_name][1]) if cmd_name in COMMANDS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, placeholder, rest = super().resolve_command(ctx, args)
+        return name, load_command(name) if name in COMMANDS else placeholder, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EngineFastError as error:
+            _fail(str(error), 2)
+        except KeyboardInterrupt as error:
+            _fail(str(error) or "interrupted. What was finished is kept; the same command continues.", 130)
+        except OSError as error:
+            if error.errno in _DISK:
+                _fail(f"{error.filename or 'disk'}: {error.strerror}. Free some space; the same command continues.", 2)
+            if error.errno in _DENIED:
+                _fail(f"{error.filename}: {error.strerror}. Choose a directory that you may write to.", 2)
+            raise
+
+
+def load_command(name: str) -> Any:
+    """The runnable command `name`. Its module is imported now, and with it whatever it needs."""
+    stem, help_line = COMMANDS[name]
+    module = importlib.import_module(f"engine_fast.cli.{stem}")
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
+    single.command(name, help=getattr(module, stem).__doc__ or help_line)(getattr(module, stem))
+    command = typer.main.get_command(single)
+    command.name = name
+    return command
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"engine-fast: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+app = typer.Typer(
+    name="engine-fast",
+    cls=LazyGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Non-autoregressive translators trained on a teacher's energy (ENGINE).",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    if version:
+        from engine_fast import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
