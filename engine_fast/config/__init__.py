@@ -1,0 +1,38 @@
+"""One typed schema for everything a user can set."""
+
+from engine_fast.config.data import DataConfig, FilterConfig, SyntheticConfig, TextPair, VocabularyConfig
+from engine_fast.config.load import dump_config, load_config, parse_config
+from engine_fast.config.model import Architecture
+from engine_fast.config.run import DistillConfig, EvaluateConfig, RunConfig, RuntimeConfig
+from engine_fast.config.training import (
+    BatchConfig,
+    CMLMConfig,
+    EarlyStopConfig,
+    EngineConfig,
+    OptimConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "Architecture",
+    "BatchConfig",
+    "CMLMConfig",
+    "DataConfig",
+    "DistillConfig",
+    "EarlyStopConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "FilterConfig",
+    "OptimConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "SyntheticConfig",
+    "TeacherConfig",
+    "TextPair",
+    "TrainConfig",
+    "VocabularyConfig",
+    "dump_config",
+    "load_config",
+    "parse_config",
+]

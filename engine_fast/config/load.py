@@ -1,0 +1,116 @@
+"""YAML and `--set section.key=value` to a RunConfig; every mistake is one line that names the key."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from engine_fast.config.base import Section
+from engine_fast.config.run import RunConfig
+from engine_fast.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # `<<: *anchor`; keys it brings may be overridden
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML file and apply `a.b=c` overrides (c is parsed as YAML).
+
+    Raises ConfigError: file missing, not YAML, unknown key (with the nearest), wrong value (with what was expected).
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}). Give the path of a YAML file, see configs/.") from error
+    try:
+        tree = yaml.load(text, Loader=_Loader) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds a {type(tree).__name__}, expected sections such as data:, teacher:, engine:.")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], origin: str = "config") -> RunConfig:
+    """Validate a plain tree. `origin` begins the error message."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(origin, item) for item in error.errors())) from error
+
+
+def dump_config(config: BaseModel) -> str:
+    """The effective configuration as YAML; load_config reads it back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {override!r}, expected section.key=value, for example --set engine.optim.lr=1e-5.")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML.") from error
+    if isinstance(value, str):
+        try:
+            value = float(value)  # YAML 1.1 reads 1e-5 as a string
+        except ValueError:
+            pass
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {parent} holds {child!r}, not a section.")
+        node = child
+    node[leaf] = value
+
+
+def _explain(origin: str, item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location) or "the file"
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else f" Known here: {', '.join(known)}."
+        return f"{origin}: {key} is not a known key.{hint}"
+    if item["type"] == "missing":
+        return f"{origin}: {key} is missing, and has no default."
+    message = item["msg"].removeprefix("Value error, ")
+    if isinstance(item["input"], dict):
+        return f"{origin}: {key}: {message}."
+    return f"{origin}: {key} = {item['input']!r}, expected: {message}."
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        candidates = [annotation, *get_args(annotation)]
+        found = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
+        if not found:
+            return []
+        section = found[0]
+    return list(section.model_fields)

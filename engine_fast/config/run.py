@@ -1,0 +1,95 @@
+"""The whole configuration of a run."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from engine_fast.config.base import Section
+from engine_fast.config.data import DataConfig
+from engine_fast.config.training import CMLMConfig, EngineConfig, TeacherConfig
+
+
+class DistillConfig(Section):
+    """Beam search of the teacher over the training sources."""
+
+    beam: PositiveInt = 5
+    """Hypotheses kept."""
+    length_penalty: NonNegativeFloat = 1.0
+    """Scores are divided by length to this power."""
+    n_best: PositiveInt = 1
+    """Translations written per source."""
+    max_tokens: PositiveInt = 8192
+    """Source tokens times beam per batch."""
+    chunk_sentences: PositiveInt = 2000
+    """Sentences per resumable chunk."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the search."""
+
+
+class EvaluateConfig(Section):
+    """Which systems are measured, and how."""
+
+    split: Literal["valid", "test"] = "test"
+    """Evaluated split."""
+    beam: PositiveInt = 5
+    """Teacher beam."""
+    length_penalty: NonNegativeFloat = 1.0
+    """Teacher beam's length penalty."""
+    iterations: list[PositiveInt] = [1, 4, 10]
+    """Mask-predict iterations of the students."""
+    cmlm_length_beam: PositiveInt = 5
+    """Length candidates of the CMLM baseline (paper: 5)."""
+    engine_length_beam: PositiveInt = 3
+    """Length candidates of the ENGINE student (paper: 3)."""
+    oracle_lengths: bool = True
+    """Also decode with the references' lengths."""
+    rerank: bool = True
+    """Also choose among length candidates by the teacher's energy."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of every decoding."""
+    max_tokens: PositiveInt = 8192
+    """Tokens per decoding batch."""
+    latency_sentences: NonNegativeInt = 50
+    """Sentences timed one by one for the batch-1 speed; 0 = none."""
+    bootstrap_samples: NonNegativeInt = 1000
+    """Resamples of the paired bootstrap; 0 = none."""
+
+
+class RuntimeConfig(Section):
+    """The process, not the model: nothing here changes results except within rounding."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = cuda where torch sees one."""
+    threads: NonNegativeInt = 0
+    """CPU threads a process; 0 = torch's choice divided by the processes on this host."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files."""
+    min_free_bytes: NonNegativeInt = 100_000_000
+    """A checkpoint is refused when its disk would have less free than this afterwards."""
+
+
+class RunConfig(Section):
+    """One file under configs/: the whole path from text to report."""
+
+    name: str = "run"
+    """Shown in the report."""
+    seed: NonNegativeInt = 1
+    """Of initialisation, data order, dropout, masks and noise."""
+    data: DataConfig
+    """Corpus."""
+    teacher: TeacherConfig = TeacherConfig()
+    """Stage 2."""
+    distill: DistillConfig = DistillConfig()
+    """Stage 3."""
+    cmlm: CMLMConfig = CMLMConfig()
+    """Stage 4."""
+    engine: EngineConfig = EngineConfig()
+    """Stage 5."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Stage 6."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Device and threads."""
+    deepspeed: dict[str, Any] = {}
+    """Further keys of DeepSpeed's own config, merged into the generated one; unknown ones are refused."""
