@@ -1,0 +1,187 @@
+"""Mask-predict: all slots of a guessed length filled at once, then the doubtful ones again (Ghazvininejad et al. 2019).
+
+B sentences, K length candidates, N = B * K rows, S source positions, T target slots, L length classes, R masked slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine_fast.data.symbols import BOS, EOS, MASK, PAD
+from engine_fast.decoding.hypothesis import Hypothesis, score_dtype, top
+from engine_fast.errors import require
+from engine_fast.models import CMLM, Memory
+
+Rescore = Callable[[Tensor, Tensor], Tensor]
+"""(source (N, S), target (N, T)) -> (N,) energies in nats; lower is better."""
+
+MIN_LENGTH = 2
+"""One word and EOS."""
+_BLOCK_ELEMENTS = 1 << 24
+"""Logits held at once, so that memory does not grow with the batch times the vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """One translation per sentence and length candidate."""
+
+    tokens: Tensor
+    """(B, K, T) ids, right padded with PAD."""
+    log_probabilities: Tensor
+    """(B, K) sums of the predicted tokens' log-probabilities, each from the pass that chose the token; nats."""
+    lengths: Tensor
+    """(B, K) slots, the last one (EOS) included."""
+    num_predicted: Tensor
+    """(B, K) slots that were predicted: lengths, less one where the end is forced."""
+
+    @property
+    def averages(self) -> Tensor:
+        """(B, K) log-probability per predicted token: what chooses among lengths."""
+        return self.log_probabilities / self.num_predicted
+
+
+@torch.no_grad()
+def mask_predict(
+    model: CMLM,
+    source_BS: Tensor,
+    *,
+    iterations: int = 1,
+    length_beam: int = 1,
+    lengths: Tensor | None = None,
+    rescore: Rescore | None = None,
+    length_penalty: float = 1.0,
+    force_end: bool = True,
+) -> list[Hypothesis]:
+    """The best length candidate of every sentence; see mask_predict_n_best."""
+    ranked = mask_predict_n_best(
+        model,
+        source_BS,
+        iterations=iterations,
+        length_beam=length_beam,
+        lengths=lengths,
+        rescore=rescore,
+        length_penalty=length_penalty,
+        force_end=force_end,
+    )
+    return [hypotheses[0] for hypotheses in ranked]
+
+
+@torch.no_grad()
+def mask_predict_n_best(
+    model: CMLM,
+    source_BS: Tensor,
+    *,
+    iterations: int = 1,
+    length_beam: int = 1,
+    lengths: Tensor | None = None,
+    rescore: Rescore | None = None,
+    length_penalty: float = 1.0,
+    force_end: bool = True,
+) -> list[list[Hypothesis]]:
+    """All length candidates, decoded in parallel, best first.
+
+    Args: source_BS: ids ending in EOS, right padded. lengths: (B,) known target lengths, EOS included; the candidates
+        are then the length_beam lengths around them, else the length_beam most probable ones.
+        rescore: judges the candidates by -energy / length**length_penalty (length counts EOS, as in beam_search)
+        instead of by their average token log-probability.
+    Returns: per sentence, hypotheses whose score is what ranked them. No gradients.
+    """
+    require(iterations >= 1, "iterations", iterations, "at least 1")
+    require(length_beam >= 1, "length_beam", length_beam, "at least 1")
+    if not source_BS.shape[0]:
+        return []
+    memory, logits_BL = model.encode(source_BS)
+    if lengths is None:
+        lengths_BK = predict_lengths(logits_BL, length_beam)
+    else:
+        lengths_BK = lengths_around(lengths.to(source_BS.device), length_beam, model.architecture.max_positions)
+    found = _decode(model, memory, iterations=iterations, lengths_BK=lengths_BK, force_end=force_end)
+    scores_BK = found.averages
+    if rescore is not None:
+        sources_NS = source_BS.repeat_interleave(lengths_BK.shape[1], dim=0)
+        energies_BK = rescore(sources_NS, found.tokens.flatten(0, 1)).view_as(scores_BK)
+        scores_BK = -energies_BK / found.lengths.to(energies_BK.dtype) ** length_penalty
+    scores_BK, order_BK = top(scores_BK, scores_BK.shape[1])
+    ranked: list[list[Hypothesis]] = []
+    for b, (scores, order) in enumerate(zip(scores_BK.tolist(), order_BK.tolist(), strict=True)):
+        rows = found.tokens[b].tolist()
+        sizes, values = found.lengths[b].tolist(), found.log_probabilities[b].tolist()
+        ranked.append(
+            [Hypothesis(rows[k][: sizes[k]], score, values[k]) for score, k in zip(scores, order, strict=True)]
+        )
+    return ranked
+
+
+@torch.no_grad()
+def mask_predict_candidates(
+    model: CMLM, source_BS: Tensor, *, iterations: int = 1, lengths_BK: Tensor, force_end: bool = True
+) -> Candidates:
+    """Fill every candidate length of every sentence.
+
+    Pass 0 predicts all n slots. Pass t masks the floor(n (1 - t / iterations)) least probable ones (at least one)
+    and predicts them again; the others keep their token and the probability it was chosen with.
+
+    force_end: the last slot is EOS from the start and is not counted in n, and no other slot may hold BOS, PAD, MASK
+    or EOS: ENGINE's student gets no energy gradient in that slot. False: the last slot is predicted like any other
+    and nothing is forbidden, as in the authors' code.
+    """
+    memory, _ = model.encode(source_BS)
+    return _decode(model, memory, iterations=iterations, lengths_BK=lengths_BK, force_end=force_end)
+
+
+def predict_lengths(logits_BL: Tensor, num_candidates: int) -> Tensor:
+    """(B, K) most probable lengths, best first, EOS included; at least MIN_LENGTH, no length twice."""
+    allowed_BL = logits_BL[:, MIN_LENGTH:]
+    return top(allowed_BL, min(num_candidates, allowed_BL.shape[1]))[1] + MIN_LENGTH
+
+
+def lengths_around(lengths_B: Tensor, num_candidates: int, max_length: int) -> Tensor:
+    """(B, K) lengths - (K - 1) // 2 .. lengths + K // 2, held within MIN_LENGTH..max_length."""
+    offsets_K = torch.arange(num_candidates, device=lengths_B.device) - (num_candidates - 1) // 2
+    return (lengths_B[:, None] + offsets_K).clamp(MIN_LENGTH, max_length)
+
+
+def _decode(model: CMLM, memory: Memory, *, iterations: int, lengths_BK: Tensor, force_end: bool) -> Candidates:
+    num_sentences, num_candidates = lengths_BK.shape
+    lengths_N = lengths_BK.flatten()
+    device = lengths_N.device
+    memory = memory.select(torch.arange(num_sentences, device=device).repeat_interleave(num_candidates))
+    slots_T = torch.arange(int(lengths_N.max()), device=device)
+    num_predicted_N = lengths_N - 1 if force_end else lengths_N
+    open_NT = slots_T < num_predicted_N[:, None]
+    tokens_NT = torch.where(open_NT, MASK, PAD)
+    if force_end:
+        tokens_NT.scatter_(1, lengths_N[:, None] - 1, EOS)
+    forbidden = [BOS, PAD, MASK, EOS] if force_end else []
+    values_NT = torch.zeros(tokens_NT.shape, dtype=score_dtype(memory.states.dtype), device=device)
+    _predict(model, memory, tokens_NT, values_NT, open_NT, forbidden)
+    for t in range(1, iterations):
+        num_masked_N = (num_predicted_N * (iterations - t) // iterations).clamp_min(1)
+        doubt_NT = values_NT.masked_fill(~open_NT, float("inf"))
+        rank_NT = doubt_NT.argsort(dim=1, stable=True).argsort(dim=1)
+        masked_NT = (rank_NT < num_masked_N[:, None]) & open_NT
+        tokens_NT.masked_fill_(masked_NT, MASK)
+        _predict(model, memory, tokens_NT, values_NT, masked_NT, forbidden)
+    shape = (num_sentences, num_candidates)
+    return Candidates(tokens_NT.view(*shape, -1), values_NT.sum(1).view(shape), lengths_BK, num_predicted_N.view(shape))
+
+
+def _predict(
+    model: CMLM, memory: Memory, tokens_NT: Tensor, values_NT: Tensor, masked_NT: Tensor, forbidden: list[int]
+) -> None:
+    """Give the masked slots their most probable token and its log-probability. Only they meet the vocabulary."""
+    hidden_RD = model.decode(memory, tokens_NT)[masked_NT]
+    words, values = [], []
+    for block_RD in hidden_RD.split(max(1, _BLOCK_ELEMENTS // model.target_size)):
+        logits_RV = model.project(block_RD).to(values_NT.dtype)
+        total_R = logits_RV.logsumexp(-1)
+        logits_RV[:, forbidden] = float("-inf")
+        best_R, word_R = logits_RV.max(-1)
+        words.append(word_R)
+        values.append(best_R - total_R)
+    tokens_NT[masked_NT] = torch.cat(words)
+    values_NT[masked_NT] = torch.cat(values)

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine_fast.data.symbols import BOS, EOS, MASK, PAD
+from engine_fast.decoding import mask_predict, mask_predict_candidates, mask_predict_n_best
+from engine_fast.decoding import mask_predict as function
+from engine_fast.decoding.mask_predict import lengths_around, predict_lengths
+from engine_fast.errors import ConfigError
+from engine_fast.models import CMLM
+from tests.decoding.tiny import make_student, pad
+
+
+def reference(
+    model: CMLM, source_S: list[int], length: int, iterations: int, force_end: bool
+) -> tuple[list[int], float]:
+    """One sentence, one length, slot by slot: the definition, with the whole vocabulary product every time."""
+    source = torch.tensor([source_S])
+    memory, _ = model.encode(source)
+    n = length - 1 if force_end else length
+    tokens = [MASK] * n + [EOS] * force_end
+    values = [0.0] * n
+    masked = list(range(n))
+    for t in range(iterations):
+        if t:
+            count = max(1, n * (iterations - t) // iterations)
+            masked = sorted(range(n), key=lambda i: values[i])[:count]
+            for i in masked:
+                tokens[i] = MASK
+        log_probs = model.project(model.decode(memory, torch.tensor([tokens])))[0].log_softmax(-1)
+        for i in masked:
+            allowed = log_probs[i].clone()
+            if force_end:
+                allowed[[BOS, PAD, MASK, EOS]] = float("-inf")
+            values[i], tokens[i] = allowed.max().item(), int(allowed.argmax())
+    return tokens, sum(values)
+
+
+@pytest.mark.parametrize("force_end", [True, False])
+@pytest.mark.parametrize("iterations", [1, 3, 10])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_candidates_are_those_of_the_definition(seed: int, iterations: int, force_end: bool, sources: Tensor) -> None:
+    model = make_student(seed=seed)
+    lengths = torch.tensor([[5, 2, 9], [2, 3, 4], [7, 3, 6], [24, 8, 10]])
+    found = mask_predict_candidates(model, sources, iterations=iterations, lengths_BK=lengths, force_end=force_end)
+    for b in range(4):
+        source = [i for i in sources[b].tolist() if i != PAD]
+        for k in range(3):
+            length = int(lengths[b, k])
+            tokens, total = reference(model, source, length, iterations, force_end)
+            assert found.tokens[b, k].tolist() == tokens + [PAD] * (24 - length)
+            assert found.log_probabilities[b, k].item() == pytest.approx(total, abs=1e-9)
+            average = total / (length - 1 if force_end else length)
+            assert found.averages[b, k].item() == pytest.approx(average, abs=1e-9)
+
+
+def test_the_winner_has_the_highest_average_log_probability(student: CMLM, sources: Tensor) -> None:
+    _, logits = student.encode(sources)
+    lengths = predict_lengths(logits, 4)
+    found = mask_predict_candidates(student, sources, iterations=2, lengths_BK=lengths)
+    best = found.averages.argmax(1)
+    assert best.any(), "one sentence at least should prefer another length than the most probable"
+    for b, h in enumerate(mask_predict(student, sources, iterations=2, length_beam=4)):
+        k = int(best[b])
+        assert h.tokens == found.tokens[b, k, : lengths[b, k]].tolist()
+        assert h.score == pytest.approx(found.averages[b, k].item())
+        assert h.log_probability == pytest.approx(found.log_probabilities[b, k].item())
+    for hypotheses in mask_predict_n_best(student, sources, iterations=2, length_beam=4):
+        assert len(hypotheses) == 4
+        assert [h.score for h in hypotheses] == sorted((h.score for h in hypotheses), reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_end_is_forced_and_specials_are_not_emitted(seed: int, sources: Tensor) -> None:
+    for h in mask_predict(make_student(seed=seed), sources, iterations=2, length_beam=3):
+        assert h.tokens[-1] == EOS
+        assert not {BOS, PAD, EOS, MASK} & set(h.tokens[:-1])
+        assert len(h.tokens) >= 2
+
+
+def test_a_sentence_does_not_depend_on_its_batch(student: CMLM) -> None:
+    rows = [[5, 6, 7, 8, EOS], [9, EOS], [11, 5, 10, EOS], [7, 7, 9, 10, 6, 5, EOS]]
+    together = mask_predict(student, pad(rows), iterations=4, length_beam=3)
+    alone = [mask_predict(student, torch.tensor([row]), iterations=4, length_beam=3)[0] for row in rows]
+    assert [h.tokens for h in together] == [h.tokens for h in alone]
+
+
+def test_predicted_lengths_leave_room_for_a_word_and_are_distinct() -> None:
+    logits = torch.tensor([[9.0, 8, 1, 3, 3, 2], [float("-inf"), 9, 1, 2, 3, 4]])
+    assert predict_lengths(logits, 3).tolist() == [[3, 4, 5], [5, 4, 3]]
+    assert predict_lengths(logits, 99).shape == (2, 4)
+
+
+def test_lengths_around_known_ones() -> None:
+    lengths = torch.tensor([6, 1, 24])
+    assert lengths_around(lengths, 1, 24).tolist() == [[6], [2], [24]]
+    assert lengths_around(lengths, 3, 24).tolist() == [[5, 6, 7], [2, 2, 2], [23, 24, 24]]
+    assert lengths_around(lengths, 4, 24).tolist() == [[5, 6, 7, 8], [2, 2, 2, 3], [23, 24, 24, 24]]
+
+
+def test_oracle_lengths_are_kept(student: CMLM, sources: Tensor) -> None:
+    lengths = torch.tensor([3, 7, 24, 2])
+    assert [len(h.tokens) for h in mask_predict(student, sources, lengths=lengths)] == lengths.tolist()
+
+
+def test_rescoring_chooses_by_energy_over_length(student: CMLM, sources: Tensor) -> None:
+    asked: list[tuple[Tensor, Tensor]] = []
+
+    def rescore(source_NS: Tensor, target_NT: Tensor) -> Tensor:
+        asked.append((source_NS, target_NT))
+        return (target_NT == 7).sum(1) * 10.0 + (target_NT != PAD).sum(1).float()
+
+    plain = mask_predict_n_best(student, sources, length_beam=4)
+    chosen = mask_predict_n_best(student, sources, length_beam=4, rescore=rescore)
+    assert asked[0][0].shape == (16, sources.shape[1])
+    assert torch.equal(asked[0][0][::4], sources)
+    for before, after in zip(plain, chosen, strict=True):
+        assert {tuple(h.tokens) for h in before} == {tuple(h.tokens) for h in after}
+        scores = [-(10.0 * h.tokens.count(7) + len(h.tokens)) / len(h.tokens) for h in after]
+        assert [h.score for h in after] == pytest.approx(scores)
+        assert scores == sorted(scores, reverse=True)
+    total = mask_predict(student, sources, length_beam=4, rescore=rescore, length_penalty=0)
+    assert [h.score for h in total] == [-(10.0 * h.tokens.count(7) + len(h.tokens)) for h in total]
+
+
+def test_only_masked_slots_meet_the_vocabulary(student: CMLM, sources: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    project = student.project
+    monkeypatch.setattr(student, "project", lambda hidden: rows.append(len(hidden)) or project(hidden))
+    lengths = torch.tensor([[5], [3], [11], [9]])
+    mask_predict_candidates(student, sources, iterations=4, lengths_BK=lengths)
+    n = [4, 2, 10, 8]
+    assert rows == [sum(n)] + [sum(max(1, m * (4 - t) // 4) for m in n) for t in (1, 2, 3)]
+
+
+def test_the_vocabulary_product_is_split_into_blocks(
+    student: CMLM, sources: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = mask_predict(student, sources, iterations=3)
+    module = __import__(function.__module__, fromlist=["_BLOCK_ELEMENTS"])
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 40)
+    assert [h.tokens for h in mask_predict(student, sources, iterations=3)] == [h.tokens for h in whole]
+
+
+def test_nonsense_settings_are_named(student: CMLM, sources: Tensor) -> None:
+    with pytest.raises(ConfigError, match="iterations = 0"):
+        mask_predict(student, sources, iterations=0)
+    with pytest.raises(ConfigError, match="length_beam = 0"):
+        mask_predict(student, sources, length_beam=0)
+
+
+def test_no_sentences(student: CMLM) -> None:
+    assert mask_predict(student, torch.zeros(0, 0, dtype=torch.long)) == []
