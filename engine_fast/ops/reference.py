@@ -24,18 +24,11 @@ def relax(z: Tensor, operator: str | Operator, *, noise: Tensor | None = None, t
     Gradients: to z, along `operator.jacobian`.
     """
     op = get_operator(operator)
-    if op.gumbel:
-        if noise is None:
-            noise = gumbel_noise(z.shape, device=z.device)
-        if noise.shape != z.shape:
-            raise ConfigError(f"relax: noise {tuple(noise.shape)}, expected the shape of z {tuple(z.shape)}.")
-        z = z + noise.to(z.dtype)
-    carrier = (z / temperature).softmax(-1) if op.jacobian == "softmax" else z
+    perturbed, carrier = _carrier(z, op, noise, temperature)
     if not op.hard:
         return carrier
-    hard = F.one_hot(z.argmax(-1), z.shape[-1]).to(z.dtype)
-    finite = carrier.masked_fill(carrier.detach().isinf(), 0.0)
-    return hard + (finite - finite.detach())
+    hard = F.one_hot(perturbed.argmax(-1), z.shape[-1]).to(z.dtype)
+    return hard + (carrier - carrier.detach())
 
 
 def energy(
@@ -46,14 +39,17 @@ def energy(
     Args: z, s: (N, V) student and teacher logits. Rows are independent.
     Returns: (N,) energies in nats, float32 (float64 for float64 input).
     Gradients: ds = softmax(s) - q, exact; dz follows the operator's Jacobian.
-    A forbidden token (s = -inf) that q gives no weight costs nothing.
     """
     if z.ndim != 2 or z.shape != s.shape:
         raise ConfigError(f"energy: z {tuple(z.shape)}, s {tuple(s.shape)}, expected two equal (N, V) shapes.")
-    z, s = _accumulate(z), _accumulate(s)
-    q = relax(z, operator, noise=noise, temperature=temperature)
-    log_p = s.log_softmax(-1)
-    return -(q * log_p).masked_fill((q.detach() == 0) & log_p.detach().isinf(), 0.0).sum(-1)
+    op = get_operator(operator)
+    log_p = _accumulate(s).log_softmax(-1)
+    if not op.hard:
+        return -(relax(_accumulate(z), op, noise=noise, temperature=temperature) * log_p).sum(-1)
+    perturbed, carrier = _carrier(_accumulate(z), op, noise, temperature)
+    value = -log_p.gather(-1, perturbed.argmax(-1, keepdim=True)).squeeze(-1)
+    through = -(carrier * log_p.detach()).sum(-1)  # its value cancels; its gradient is the straight-through one
+    return value + (through - through.detach())
 
 
 def soft_embedding(
@@ -103,6 +99,16 @@ def linear_soft_embedding(
 ) -> Tensor:
     """soft_embedding(h w_student' + b, table): (N, D) hidden states -> (N, D) embeddings."""
     return soft_embedding(F.linear(h, w_student, bias_student), table, operator, noise=noise, temperature=temperature)
+
+
+def _carrier(z: Tensor, op: Operator, noise: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """(z + noise, what the backward pass differentiates), both (N, V)."""
+    if op.gumbel:
+        noise = gumbel_noise(z.shape, device=z.device) if noise is None else noise
+        if noise.shape != z.shape:
+            raise ConfigError(f"{op.name}: noise {tuple(noise.shape)}, expected the shape of z {tuple(z.shape)}.")
+        z = z + noise.to(z.dtype)
+    return z, (z / temperature if temperature != 1.0 else z).softmax(-1) if op.jacobian == "softmax" else z
 
 
 def _accumulate(x: Tensor) -> Tensor:

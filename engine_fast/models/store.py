@@ -1,0 +1,198 @@
+"""Model directories: model.safetensors + config.json + the vocabularies, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from engine_fast import __version__
+from engine_fast.config import Architecture
+from engine_fast.data.vocabulary import Vocabulary, load_vocabulary
+from engine_fast.errors import CheckpointError, DataError, VocabularyError
+from engine_fast.models.cmlm import CMLM
+from engine_fast.models.stacks import EncoderDecoder
+from engine_fast.models.transformer import Transformer
+
+FORMAT = 1
+KINDS: dict[str, type[Transformer] | type[CMLM]] = {"transformer": Transformer, "cmlm": CMLM}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in eval mode with everything needed to turn text into text."""
+
+    model: Transformer | CMLM
+    source_vocabulary: Vocabulary
+    target_vocabulary: Vocabulary
+    card: dict[str, Any]
+    """What the writer noted: training settings, scores."""
+
+
+def save_model(
+    directory: str | Path,
+    model: EncoderDecoder,
+    source_vocabulary: Vocabulary,
+    target_vocabulary: Vocabulary,
+    *,
+    card: dict[str, Any] | None = None,
+) -> None:
+    """Write a model directory. A directory that exists is replaced only once the new one is complete on disk.
+
+    Raises VocabularyError when a vocabulary's size is not the model's, CheckpointError when the disk refuses.
+    """
+    directory = Path(directory)
+    for side, vocabulary, size in (
+        ("source", source_vocabulary, model.source_size),
+        ("target", target_vocabulary, model.target_size),
+    ):
+        if len(vocabulary) != size:
+            raise VocabularyError(f"{directory}: the {side} vocabulary has {len(vocabulary)} pieces, the model {size}.")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as name:
+            fresh = Path(name) / directory.name
+            fresh.mkdir()
+            joint = source_vocabulary.fingerprint == target_vocabulary.fingerprint
+            files = {"target": target_vocabulary.save(fresh, "joint" if joint else "target")}
+            files["source"] = files["target"] if joint else source_vocabulary.save(fresh, "source")
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in unique_state(model).items()}
+            save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+            config = {
+                "format": FORMAT,
+                "engine_fast": __version__,
+                "kind": model.kind,
+                "architecture": model.architecture.model_dump(mode="json"),
+                "vocabularies": {
+                    "source": {"file": files["source"], "size": model.source_size, "hash": source_vocabulary.fingerprint},
+                    "target": {"file": files["target"], "size": model.target_size, "hash": target_vocabulary.fingerprint},
+                },
+                "card": card or {},
+            }
+            (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for path in fresh.iterdir():
+                _sync(path)
+            if directory.exists():
+                shutil.move(directory, Path(name) / "replaced")
+            os.replace(fresh, directory)
+            _sync(directory.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{directory}: the model could not be written ({error}). Free disk space or choose another directory.") from error
+
+
+def load_model(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    kind: str | None = None,
+) -> LoadedModel:
+    """Read a model directory; `kind` refuses the other kind.
+
+    Raises CheckpointError for a missing, damaged or newer directory, VocabularyError for a changed vocabulary file.
+    """
+    directory = Path(directory)
+    config = _read_config(directory)
+    if kind is not None and config["kind"] != kind:
+        raise CheckpointError(f"{directory}: holds a {config['kind']} model, expected a {kind} model. Give the other directory.")
+    vocabularies = [_read_vocabulary(directory, side, config["vocabularies"][side]) for side in ("source", "target")]
+    if vocabularies[0].fingerprint == vocabularies[1].fingerprint:
+        vocabularies[1] = vocabularies[0]
+    try:
+        architecture = Architecture.model_validate(config["architecture"])
+    except ValidationError as error:
+        raise CheckpointError(f"{directory}/config.json: the architecture cannot be used ({error}).") from error
+    model = KINDS[config["kind"]](architecture, len(vocabularies[0]), len(vocabularies[1]))
+    weights = directory / "model.safetensors"
+    try:
+        state = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{weights}: missing or damaged ({error}). Export or train the model again.") from error
+    load_unique_state(model, state, str(weights))
+    model.to(device=device, dtype=dtype).eval()
+    return LoadedModel(model, vocabularies[0], vocabularies[1], config.get("card", {}))
+
+
+def unique_state(model: EncoderDecoder) -> dict[str, torch.Tensor]:
+    """The state dict with a tied tensor under its first name only."""
+    seen: set[int] = set()
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            state[name] = tensor
+    return state
+
+
+def load_unique_state(model: EncoderDecoder, state: dict[str, torch.Tensor], origin: str) -> None:
+    """Copy a unique_state into the model. Raises CheckpointError that names the first tensor that does not fit."""
+    expected = unique_state(model)
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state or name not in expected:
+            where = "is missing" if name not in state else "is not part of this architecture"
+            raise CheckpointError(f"{origin}: tensor {name} {where}. The file belongs to another architecture or version.")
+        if state[name].shape != expected[name].shape:
+            raise CheckpointError(
+                f"{origin}: tensor {name} has shape {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}."
+            )
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(state[name])
+
+
+def copy_matching(model: EncoderDecoder, donor: EncoderDecoder) -> tuple[int, int]:
+    """Start `model` from the tensors of `donor` whose names and shapes agree; returns (copied, all) tensor counts."""
+    own, other = unique_state(model), unique_state(donor)
+    shared = [name for name in own if name in other and own[name].shape == other[name].shape]
+    with torch.no_grad():
+        for name in shared:
+            own[name].copy_(other[name])
+    return len(shared), len(own)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory}: no config.json here, so not a model directory. Give the directory that train or import wrote.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}). The directory is damaged: export the model again.") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") not in KINDS:
+        got = config.get("format") if isinstance(config, dict) else config
+        raise CheckpointError(f"{path}: format {got!r}, expected {FORMAT} with kind {' or '.join(KINDS)}. Use the version that wrote it, or export again.")
+    missing = [key for key in ("architecture", "vocabularies") if key not in config]
+    if missing:
+        raise CheckpointError(f"{path}: {', '.join(missing)} missing. The directory is damaged: export the model again.")
+    return config
+
+
+def _read_vocabulary(directory: Path, side: str, entry: dict[str, Any]) -> Vocabulary:
+    path = directory / entry["file"]
+    try:
+        vocabulary = load_vocabulary(path)
+    except DataError as error:
+        raise CheckpointError(f"{directory}: the {side} vocabulary cannot be read: {error}") from error
+    if vocabulary.fingerprint != entry["hash"]:
+        raise VocabularyError(
+            f"{path}: hash {vocabulary.fingerprint[:12]}, but the model was trained with {entry['hash'][:12]}. "
+            "The vocabulary file was changed: put the original back."
+        )
+    return vocabulary
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

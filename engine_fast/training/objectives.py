@@ -1,0 +1,169 @@
+"""The three losses. Each module owns what is trained; a frozen teacher is borrowed, never a child.
+
+B sentences, S source positions, T target positions, N real target positions, V vocabulary.
+Every total is a sum over target tokens (nats); the loop divides by the global number of target tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine_fast.config import CMLMConfig, EngineConfig, TeacherConfig
+from engine_fast.data.batching import Batch
+from engine_fast.data.symbols import EOS, MASK, PAD
+from engine_fast.energies import Relaxation, inner_positions, relaxed_energy, token_energies
+from engine_fast.models import CMLM, Transformer, shift_right
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What one micro-batch costs."""
+
+    total: Tensor
+    """Scalar with a graph: the sum that is minimised."""
+    stats: dict[str, Tensor]
+    """Detached float32 sums over the micro-batch."""
+
+
+class TeacherObjective(nn.Module):
+    """Label-smoothed cross-entropy of the references: (1-eps) * nll + eps/V * sum_v nll_v."""
+
+    def __init__(self, model: Transformer, config: TeacherConfig) -> None:
+        super().__init__()
+        self.trained = model
+        self.label_smoothing = config.label_smoothing
+
+    def forward(self, batch: Batch) -> Loss:
+        memory = self.trained.encode(batch.source)
+        hidden_BTD = self.trained.decode(memory, shift_right(batch.target))
+        real_BT = batch.target != PAD
+        logits_NV = self.trained.project(hidden_BTD[real_BT])
+        total, nll = smoothed_cross_entropy(logits_NV, batch.target[real_BT], self.label_smoothing)
+        return Loss(total, _stats(batch, loss=total, nll=nll))
+
+
+class CMLMObjective(nn.Module):
+    """Cross-entropy of uniformly many masked tokens given the rest, plus the length loss.
+
+    Each sentence of n tokens (end symbol included) has 1..n of them masked, uniformly; only these are predicted.
+    In eval mode everything is masked, as in one-pass decoding.
+    """
+
+    def __init__(self, student: CMLM, config: CMLMConfig) -> None:
+        super().__init__()
+        self.trained = student
+        self.label_smoothing, self.length_loss_weight = config.label_smoothing, config.length_loss_weight
+
+    def forward(self, batch: Batch) -> Loss:
+        real_BT = batch.target != PAD
+        masked_BT = draw_masks(real_BT) if self.training else real_BT
+        return self.loss_of(batch, masked_BT)
+
+    def loss_of(self, batch: Batch, masked_BT: Tensor) -> Loss:
+        """The loss for a given (B, T) choice of masked positions."""
+        memory, length_logits_BL = self.trained.encode(batch.source)
+        tokens_BT = batch.target.masked_fill(masked_BT, MASK)
+        hidden_BTD = self.trained.decode(memory, tokens_BT)
+        logits_NV = self.trained.project(hidden_BTD[masked_BT])
+        total, nll = smoothed_cross_entropy(logits_NV, batch.target[masked_BT], self.label_smoothing)
+        length_loss, length_correct = length_cross_entropy(length_logits_BL, batch.target)
+        total = total + self.length_loss_weight * length_loss
+        stats = _stats(batch, loss=total, nll=nll, length_loss=length_loss, length_correct=length_correct)
+        stats["masked_tokens"] = masked_BT.sum().float()
+        return Loss(total, stats)
+
+
+class EngineObjective(nn.Module):
+    """ENGINE (paper, eq. 1): relaxed energy + length_loss_weight * length loss + alpha * cross-entropy.
+
+    The student sees masks at every real position. The teacher is frozen: its encoder runs once without a graph,
+    its decoder passes gradients to the student's logits only.
+    """
+
+    def __init__(self, student: CMLM, teacher: Transformer, config: EngineConfig) -> None:
+        super().__init__()
+        self.trained = student
+        self._teacher = (teacher,)  # a tuple is not a submodule: never sharded, saved or trained
+        self.config = config
+        self.relaxation = Relaxation(config.o1, config.o2, config.temperature, config.stl_logits)
+
+    @property
+    def teacher(self) -> Transformer:
+        return self._teacher[0]
+
+    def forward(self, batch: Batch, *, noise: tuple[Tensor | None, Tensor | None] = (None, None)) -> Loss:
+        z_MV, end_BV, length_logits_BL = self._student_logits(batch)
+        with torch.no_grad():
+            memory = self.teacher.encode(batch.source)
+        energy = relaxed_energy(self.teacher, memory, z_MV, batch.target, self.relaxation, noise=noise).sum()
+        length_loss, length_correct = length_cross_entropy(length_logits_BL, batch.target)
+        total = energy + self.config.length_loss_weight * length_loss
+        stats = {"energy": energy, "length_loss": length_loss, "length_correct": length_correct}
+        if end_BV is not None:
+            inner_BT = inner_positions(batch.target)
+            gold = torch.cat([batch.target[inner_BT], batch.target.new_full((len(end_BV),), EOS)])
+            cross_entropy, stats["nll"] = smoothed_cross_entropy(
+                torch.cat([z_MV, end_BV]), gold, self.config.label_smoothing
+            )
+            total = total + self.config.cross_entropy_weight * cross_entropy
+        return Loss(total, _stats(batch, loss=total, **stats))
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        """Sums over the batch: relaxed_energy (this objective's operators) and energy of the arg-max words, in nats.
+
+        Both use the lengths of batch.target and put the end symbol in the last slot (paper, section 4.4).
+        """
+        z_MV, _, length_logits_BL = self._student_logits(batch)
+        memory = self.teacher.encode(batch.source)
+        relaxed = relaxed_energy(self.teacher, memory, z_MV, batch.target, self.relaxation).sum()
+        words_BT = batch.target.masked_scatter(inner_positions(batch.target), z_MV.argmax(-1))
+        energy = token_energies(self.teacher, memory, words_BT, real_BT=batch.target != PAD).sum()
+        length_loss, length_correct = length_cross_entropy(length_logits_BL, batch.target)
+        stats = {"energy": energy, "relaxed_energy": relaxed, "length_loss": length_loss}
+        return _stats(batch, loss=relaxed, length_correct=length_correct, **stats)
+
+    def _student_logits(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
+        """z (M, V) of the inner rows, the last slots' logits (B, V) if alpha uses them, and the length logits."""
+        memory, length_logits_BL = self.trained.encode(batch.source)
+        real_BT, inner_BT = batch.target != PAD, inner_positions(batch.target)
+        hidden_BTD = self.trained.decode(memory, torch.where(real_BT, MASK, PAD))
+        z_MV = self.trained.project(hidden_BTD[inner_BT])
+        end_BV = self.trained.project(hidden_BTD[real_BT & ~inner_BT]) if self.config.cross_entropy_weight else None
+        return z_MV, end_BV, length_logits_BL
+
+
+def smoothed_cross_entropy(logits_NV: Tensor, target_N: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """(sum of (1-eps) * nll + eps/V * sum_v -log p_v, sum of nll), float32 accumulation; nll carries no graph."""
+    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    log_p_NV = logits_NV.log_softmax(-1)
+    nll = F.nll_loss(log_p_NV, target_N, reduction="sum")
+    smooth = -log_p_NV.sum() / log_p_NV.shape[1] if label_smoothing else 0.0
+    return (1 - label_smoothing) * nll + label_smoothing * smooth, nll.detach()
+
+
+def length_cross_entropy(length_logits_BL: Tensor, target_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum over sentences of -log p(length), number of right guesses); lengths count the end symbol."""
+    logits_BL = length_logits_BL if length_logits_BL.dtype == torch.float64 else length_logits_BL.float()
+    length_B = (target_BT != PAD).sum(-1)
+    correct = (logits_BL.argmax(-1) == length_B).sum()
+    return F.cross_entropy(logits_BL, length_B, reduction="sum"), correct
+
+
+def draw_masks(real_BT: Tensor) -> Tensor:
+    """(B, T) bool: in each sentence of n real positions, k of them at random, k uniform on 1..n."""
+    length_B = real_BT.sum(-1)
+    k_B = (torch.rand(length_B.shape, device=real_BT.device) * length_B).long() + 1
+    order_BT = torch.rand(real_BT.shape, device=real_BT.device).masked_fill(~real_BT, 2.0).argsort(-1).argsort(-1)
+    return (order_BT < k_B[:, None]) & real_BT
+
+
+def _stats(batch: Batch, **sums: Tensor) -> dict[str, Tensor]:
+    stats = {name: value.detach().float() for name, value in sums.items()}
+    stats["tokens"] = (batch.target != PAD).sum().float()
+    stats["sentences"] = torch.tensor(float(batch.target.shape[0]))
+    return stats

@@ -1,0 +1,153 @@
+"""Model directories: round trip, damage, wrong vocabularies, atomic replacement."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from engine_fast.config import Architecture
+from engine_fast.data.vocabulary import DictionaryVocabulary
+from engine_fast.errors import CheckpointError, VocabularyError
+from engine_fast.models import CMLM, Transformer, load_model, save_model
+from engine_fast.models.store import copy_matching
+
+SMALL = {"width": 16, "ffn_width": 24, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "max_positions": 12}
+
+
+def vocabulary(tmp_path, words, name="words"):
+    path = tmp_path / f"{name}.dict.txt"
+    path.write_text("".join(f"{word} 1\n" for word in words), encoding="utf-8")
+    return DictionaryVocabulary.load(path)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    source = vocabulary(tmp_path, ["a", "b", "c"])
+    torch.manual_seed(0)
+    model = CMLM(Architecture(**SMALL, tie="all"), len(source), len(source))
+    save_model(tmp_path / "model", model, source, source, card={"bleu": 12.5})
+    return tmp_path / "model", model, source
+
+
+@pytest.mark.parametrize("kind", [Transformer, CMLM])
+@pytest.mark.parametrize("tie", ["none", "decoder"])
+def test_a_directory_gives_back_the_model(tmp_path, kind, tie):
+    source, target = vocabulary(tmp_path, ["a", "b"], "s"), vocabulary(tmp_path, ["x", "y", "z"], "t")
+    model = kind(Architecture(**SMALL, tie=tie), len(source), len(target))
+    save_model(tmp_path / "model", model, source, target)
+    loaded = load_model(tmp_path / "model", dtype=torch.bfloat16)
+    assert type(loaded.model) is kind and loaded.model.architecture == model.architecture
+    assert not loaded.model.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], tensor.bfloat16()), name
+    assert loaded.source_vocabulary.fingerprint == source.fingerprint
+    assert loaded.target_vocabulary.fingerprint == target.fingerprint
+
+
+def test_a_joint_vocabulary_is_stored_and_loaded_once(saved):
+    directory, model, _ = saved
+    loaded = load_model(directory)
+    assert loaded.source_vocabulary is loaded.target_vocabulary
+    assert loaded.model.output.weight is loaded.model.encoder.embedding.weight
+    assert loaded.card == {"bleu": 12.5}
+    assert torch.equal(loaded.model.output.weight, model.output.weight)
+
+
+def test_the_other_kind_is_refused(saved):
+    with pytest.raises(CheckpointError, match="holds a cmlm model, expected a transformer"):
+        load_model(saved[0], kind="transformer")
+
+
+def test_a_missing_directory_names_itself(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere: no config.json here"):
+        load_model(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "garbage"])
+def test_damaged_weights_are_named(saved, damage):
+    weights = saved[0] / "model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    if damage != "remove":
+        weights.write_bytes(content[: len(content) // 2] if damage == "truncate" else b"x" * 64)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: missing or damaged"):
+        load_model(saved[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format=99), "format 99, expected 1"),
+        (lambda c: c.pop("architecture"), "architecture missing"),
+        (lambda c: c["architecture"].update(width=-1), "architecture cannot be used"),
+        (lambda c: c["architecture"].update(ffn_width=8), r"expand.* has shape \(24"),
+        (lambda c: c["architecture"].update(encoder_layers=2), "is missing"),
+        (lambda c: c["architecture"].update(norm="pre"), "final_norm.* is missing"),
+    ],
+)
+def test_a_changed_config_is_named(saved, change, message):
+    path = saved[0] / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(saved[0])
+
+
+def test_a_cut_config_is_named(saved):
+    path = saved[0] / "config.json"
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(CheckpointError, match="config.json: cannot be read"):
+        load_model(saved[0])
+
+
+def test_a_changed_vocabulary_is_refused_by_hash(saved):
+    path = next(saved[0].glob("joint*"))
+    path.write_text(path.read_text(encoding="utf-8").replace("b 1", "d 1"), encoding="utf-8")
+    with pytest.raises(VocabularyError, match="hash .* but the model was trained with"):
+        load_model(saved[0])
+
+
+def test_a_vocabulary_of_another_size_is_not_saved(tmp_path, saved):
+    _, model, source = saved
+    with pytest.raises(VocabularyError, match="the source vocabulary has"):
+        save_model(tmp_path / "other", model, vocabulary(tmp_path, ["a"], "one"), source)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_failed_write_leaves_the_old_directory_whole(saved, monkeypatch):
+    directory, model, source = saved
+
+    def full_disk(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("engine_fast.models.store.save_file", full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_model(directory, model, source, source)
+    assert load_model(directory).card == {"bleu": 12.5}
+    assert [p.name for p in directory.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_replacing_a_directory_swaps_it_whole(saved):
+    directory, model, source = saved
+    model.output.weight.data.fill_(2.0)
+    save_model(directory, model, source, source, card={"bleu": 13.0})
+    loaded = load_model(directory)
+    assert loaded.card == {"bleu": 13.0} and loaded.model.output.weight.eq(2.0).all()
+
+
+def test_copy_matching_takes_what_fits():
+    torch.manual_seed(1)
+    teacher = Transformer(Architecture(**SMALL), 9, 9)
+    student = CMLM(Architecture(**{**SMALL, "ffn_width": 8}), 9, 9)
+    copied, total = copy_matching(student, teacher)
+    assert 0 < copied < total
+    assert torch.equal(student.embedding_table, teacher.embedding_table)
+    assert student.decoder.layers[0].ffn.expand.weight.shape == (8, 16)
+
+
+def test_no_temporary_directory_is_left(saved):
+    names = {path.name for path in saved[0].parent.iterdir()}
+    assert names == {"model", "words.dict.txt"}
+    shutil.rmtree(saved[0])
