@@ -70,9 +70,7 @@ def relaxed_energy(
 
     s_MV = teacher.project(hidden_BTD[inner_BT])
     s_BV = teacher.project(hidden_BTD[end_BT])
-    e_M = ops.energy(
-        z_MV.to(s_MV.dtype), s_MV, relaxation.o2, noise=noise[1], temperature=relaxation.temperature
-    )
+    e_M = ops.energy(z_MV.to(s_MV.dtype), s_MV, relaxation.o2, noise=noise[1], temperature=relaxation.temperature)
     s_BV = s_BV if s_BV.dtype == torch.float64 else s_BV.float()
     end_B = F.cross_entropy(s_BV, target_BT.new_full((len(s_BV),), EOS), reduction="none")
     energy_BT = e_M.new_zeros(target_BT.shape).masked_scatter(inner_BT, e_M).masked_scatter(end_BT, end_B)

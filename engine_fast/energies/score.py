@@ -13,9 +13,7 @@ from engine_fast.data.symbols import PAD
 from engine_fast.models import Memory, Transformer, shift_right
 
 
-def token_energies(
-    teacher: Transformer, memory: Memory, target_BT: Tensor, *, real_BT: Tensor | None = None
-) -> Tensor:
+def token_energies(teacher: Transformer, memory: Memory, target_BT: Tensor, *, real_BT: Tensor | None = None) -> Tensor:
     """e[b, t] = -log p(y_t | y_0 .. y_{t-1}, x) in nats, 0 at padding.
 
     Args:

@@ -179,9 +179,9 @@ def attend(
     plain = q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled()
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal)
-    return out.transpose(1, 2).flatten(2)
+    merged: Tensor = out.transpose(1, 2).flatten(2)
+    return merged
 
 
 def _split(x_BTD: Tensor, heads: int) -> Tensor:
     return x_BTD.unflatten(-1, (heads, -1)).transpose(1, 2)
-

@@ -59,7 +59,8 @@ class Stack(nn.Module):
                 f"a sentence of {start + length} tokens, end symbol included, exceeds the model's "
                 f"max_positions = {self.config.max_positions}. Filter or truncate it, or train with more positions."
             )
-        return embedded_BTD * self.scale + self.positions(start, length)
+        positions_TD: Tensor = self.positions(start, length)
+        return embedded_BTD * self.scale + positions_TD
 
     def drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.config.dropout, self.training)

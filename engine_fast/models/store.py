@@ -73,8 +73,16 @@ def save_model(
                 "kind": model.kind,
                 "architecture": model.architecture.model_dump(mode="json"),
                 "vocabularies": {
-                    "source": {"file": files["source"], "size": model.source_size, "hash": source_vocabulary.fingerprint},
-                    "target": {"file": files["target"], "size": model.target_size, "hash": target_vocabulary.fingerprint},
+                    "source": {
+                        "file": files["source"],
+                        "size": model.source_size,
+                        "hash": source_vocabulary.fingerprint,
+                    },
+                    "target": {
+                        "file": files["target"],
+                        "size": model.target_size,
+                        "hash": target_vocabulary.fingerprint,
+                    },
                 },
                 "card": card or {},
             }
@@ -86,7 +94,9 @@ def save_model(
             os.replace(fresh, directory)
             _sync(directory.parent)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{directory}: the model could not be written ({error}). Free disk space or choose another directory.") from error
+        raise CheckpointError(
+            f"{directory}: the model could not be written ({error}). Free disk space or choose another directory."
+        ) from error
 
 
 def load_model(
@@ -103,7 +113,9 @@ def load_model(
     directory = Path(directory)
     config = _read_config(directory)
     if kind is not None and config["kind"] != kind:
-        raise CheckpointError(f"{directory}: holds a {config['kind']} model, expected a {kind} model. Give the other directory.")
+        raise CheckpointError(
+            f"{directory}: holds a {config['kind']} model, expected a {kind} model. Give the other directory."
+        )
     vocabularies = [_read_vocabulary(directory, side, config["vocabularies"][side]) for side in ("source", "target")]
     if vocabularies[0].fingerprint == vocabularies[1].fingerprint:
         vocabularies[1] = vocabularies[0]
@@ -139,7 +151,9 @@ def load_unique_state(model: EncoderDecoder, state: dict[str, torch.Tensor], ori
     for name in sorted(expected.keys() | state.keys()):
         if name not in state or name not in expected:
             where = "is missing" if name not in state else "is not part of this architecture"
-            raise CheckpointError(f"{origin}: tensor {name} {where}. The file belongs to another architecture or version.")
+            raise CheckpointError(
+                f"{origin}: tensor {name} {where}. The file belongs to another architecture or version."
+            )
         if state[name].shape != expected[name].shape:
             raise CheckpointError(
                 f"{origin}: tensor {name} has shape {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}."
@@ -164,15 +178,23 @@ def _read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{directory}: no config.json here, so not a model directory. Give the directory that train or import wrote.") from error
+        raise CheckpointError(
+            f"{directory}: no config.json here, so not a model directory. Give the directory that train or import wrote."
+        ) from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}). The directory is damaged: export the model again.") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}). The directory is damaged: export the model again."
+        ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") not in KINDS:
         got = config.get("format") if isinstance(config, dict) else config
-        raise CheckpointError(f"{path}: format {got!r}, expected {FORMAT} with kind {' or '.join(KINDS)}. Use the version that wrote it, or export again.")
+        raise CheckpointError(
+            f"{path}: format {got!r}, expected {FORMAT} with kind {' or '.join(KINDS)}. Use the version that wrote it, or export again."
+        )
     missing = [key for key in ("architecture", "vocabularies") if key not in config]
     if missing:
-        raise CheckpointError(f"{path}: {', '.join(missing)} missing. The directory is damaged: export the model again.")
+        raise CheckpointError(
+            f"{path}: {', '.join(missing)} missing. The directory is damaged: export the model again."
+        )
     return config
 
 

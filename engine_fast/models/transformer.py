@@ -36,7 +36,9 @@ class Cache:
         same_sentences: every new row continues a hypothesis of the sentence that stood in that row, so what
         depends on the source alone stays as it is.
         """
-        self.past = [None if p is None else (p[0].index_select(0, indices_B), p[1].index_select(0, indices_B)) for p in self.past]
+        self.past = [
+            None if p is None else (p[0].index_select(0, indices_B), p[1].index_select(0, indices_B)) for p in self.past
+        ]
         if not same_sentences:
             self.mask = self.mask.index_select(0, indices_B)
             self.cross = [(k.index_select(0, indices_B), v.index_select(0, indices_B)) for k, v in self.cross]

@@ -30,7 +30,9 @@ SOURCE = torch.tensor([[7, 9, 5, EOS], [8, 6, EOS, PAD], [11, EOS, PAD, PAD]])
 TARGET = torch.tensor([[6, 7, 8, 9, EOS], [10, 11, EOS, PAD, PAD], [EOS, PAD, PAD, PAD, PAD]])
 SWITCHES = [
     dict(zip(("norm", "positions", "activation", "tie", "scale_embedding"), values, strict=True))
-    for values in itertools.product(("post", "pre"), ("sinusoidal", "learned"), ("relu",), ("all", "none"), (True, False))
+    for values in itertools.product(
+        ("post", "pre"), ("sinusoidal", "learned"), ("relu",), ("all", "none"), (True, False)
+    )
 ] + [{"activation": "gelu", "tie": "decoder"}]
 
 

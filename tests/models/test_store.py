@@ -81,7 +81,7 @@ def test_damaged_weights_are_named(saved, damage):
         (lambda c: c.update(format=99), "format 99, expected 1"),
         (lambda c: c.pop("architecture"), "architecture missing"),
         (lambda c: c["architecture"].update(width=-1), "architecture cannot be used"),
-        (lambda c: c["architecture"].update(ffn_width=8), r"expand.* has shape \(24"),
+        (lambda c: c["architecture"].update(ffn_width=8), r"contract.weight has shape \(16, 24\), expected \(16, 8\)"),
         (lambda c: c["architecture"].update(encoder_layers=2), "is missing"),
         (lambda c: c["architecture"].update(norm="pre"), "final_norm.* is missing"),
     ],
