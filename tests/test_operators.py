@@ -24,4 +24,5 @@ def test_gumbel_noise_has_the_moments_of_the_gumbel_distribution():
 
 def test_gumbel_noise_follows_its_generator():
     draws = [gumbel_noise((3, 5), generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])

@@ -14,7 +14,7 @@ from engine_fast.models.stacks import EncoderDecoder, Memory
 
 
 class LengthTable(nn.Module):
-    """(L, D) length classes; row 0 is the length token. All uses go through forward, where a sharded weight is whole."""
+    """(L, D) length classes; row 0 is the length token. Used through forward only, where a sharded weight is whole."""
 
     def __init__(self, num_classes: int, width: int, std: float) -> None:
         super().__init__()

@@ -178,9 +178,12 @@ def attend(
     """
     plain = q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled()
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal)
-    merged: Tensor = out.transpose(1, 2).flatten(2)
-    return merged
+        out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal)
+    return _merge(out)
+
+
+def _merge(x_BHTd: Tensor) -> Tensor:
+    return x_BHTd.transpose(1, 2).flatten(2)
 
 
 def _split(x_BTD: Tensor, heads: int) -> Tensor:

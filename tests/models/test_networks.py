@@ -102,7 +102,8 @@ def test_forward_embedded_of_table_rows_is_the_ordinary_pass():
 
 def test_length_class_zero_is_impossible_and_the_rest_sum_to_one():
     log_p = build(CMLM).length_log_probs(SOURCE)
-    assert log_p.shape == (3, 12) and log_p[:, 0].eq(-torch.inf).all()
+    assert log_p.shape == (3, 12)
+    assert log_p[:, 0].eq(-torch.inf).all()
     torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(3, dtype=torch.float64))
 
 
@@ -152,7 +153,8 @@ def test_a_sentence_beyond_the_positions_is_refused():
 
 def test_freeze_stops_weight_gradients_and_dropout():
     model = freeze(build(dropout=0.5).train(), dtype=torch.bfloat16)
-    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
     assert model.embedding_table.dtype == torch.bfloat16
 
 
@@ -165,7 +167,8 @@ def test_dropout_keeps_the_share_and_the_mean(dtype):
     assert y.float().mean().item() == pytest.approx(1.0, abs=0.01)
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())  # the same mask and scale in both directions
-    assert dropout(x, 0.3, False) is x and dropout(x, 0.0, True) is x
+    assert dropout(x, 0.3, False) is x
+    assert dropout(x, 0.0, True) is x
 
 
 def test_dropout_follows_the_seed_and_columns_are_independent():
@@ -173,5 +176,6 @@ def test_dropout_follows_the_seed_and_columns_are_independent():
         torch.manual_seed(seed)
         return dropout(torch.ones(2000, 8), 0.5, True)
 
-    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
     assert (torch.corrcoef(draw(1).T) - torch.eye(8)).abs().max() < 0.1

@@ -37,7 +37,8 @@ def test_a_directory_gives_back_the_model(tmp_path, kind, tie):
     model = kind(Architecture(**SMALL, tie=tie), len(source), len(target))
     save_model(tmp_path / "model", model, source, target)
     loaded = load_model(tmp_path / "model", dtype=torch.bfloat16)
-    assert type(loaded.model) is kind and loaded.model.architecture == model.architecture
+    assert type(loaded.model) is kind
+    assert loaded.model.architecture == model.architecture
     assert not loaded.model.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor.bfloat16()), name
@@ -134,7 +135,8 @@ def test_replacing_a_directory_swaps_it_whole(saved):
     model.output.weight.data.fill_(2.0)
     save_model(directory, model, source, source, card={"bleu": 13.0})
     loaded = load_model(directory)
-    assert loaded.card == {"bleu": 13.0} and loaded.model.output.weight.eq(2.0).all()
+    assert loaded.card == {"bleu": 13.0}
+    assert loaded.model.output.weight.eq(2.0).all()
 
 
 def test_copy_matching_takes_what_fits():

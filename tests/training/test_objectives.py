@@ -45,7 +45,8 @@ def test_the_teacher_loss_is_torch_label_smoothing(teacher):
     expected = F.cross_entropy(logits, gold, label_smoothing=0.1, reduction="sum")
     torch.testing.assert_close(loss.total, expected)
     torch.testing.assert_close(loss.stats["nll"], F.cross_entropy(logits, gold, reduction="sum").float())
-    assert loss.stats["tokens"] == 9 and loss.stats["sentences"] == 3
+    assert loss.stats["tokens"] == 9
+    assert loss.stats["sentences"] == 3
 
 
 def test_no_smoothing_is_plain_cross_entropy():
@@ -61,7 +62,8 @@ def test_masks_are_uniform_in_number_and_in_place():
     real[:, :5] = True
     masked = draw_masks(real)
     counts = masked.sum(-1).bincount(minlength=6)
-    assert counts[0] == 0 and not masked[:, 5:].any()
+    assert counts[0] == 0
+    assert not masked[:, 5:].any()
     torch.testing.assert_close(counts[1:] / 40000, torch.full((5,), 0.2), atol=0.01, rtol=0)
     torch.testing.assert_close(masked[:, :5].float().mean(0), torch.full((5,), 0.6), atol=0.01, rtol=0)
 
@@ -133,7 +135,8 @@ def test_evaluate_scores_an_arg_max_pad_as_a_word(student, teacher):
     student.output.weight.data[:] = 0
     student.output.weight.data[PAD] = student.decode(student.encode(SOURCE)[0], TARGET)[0, 0]  # PAD wins somewhere
     stats = EngineObjective(student, teacher, EngineConfig()).eval().evaluate(BATCH)
-    assert stats["energy"].isfinite() and stats["energy"] > 0
+    assert stats["energy"].isfinite()
+    assert stats["energy"] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
