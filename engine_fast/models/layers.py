@@ -187,4 +187,5 @@ def _merge(x_BHTd: Tensor) -> Tensor:
 
 
 def _split(x_BTD: Tensor, heads: int) -> Tensor:
-    return x_BTD.unflatten(-1, (heads, -1)).transpose(1, 2)
+    heads_BTHd: Tensor = x_BTD.unflatten(-1, (heads, -1))
+    return heads_BTHd.transpose(1, 2)

@@ -179,7 +179,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{directory}: no config.json here, so not a model directory. Give the directory that train or import wrote."
+            f"{directory}: no config.json here, so not a model directory. Give the one that train or import wrote."
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -188,7 +188,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") not in KINDS:
         got = config.get("format") if isinstance(config, dict) else config
         raise CheckpointError(
-            f"{path}: format {got!r}, expected {FORMAT} with kind {' or '.join(KINDS)}. Use the version that wrote it, or export again."
+            f"{path}: format {got!r}, expected {FORMAT} with kind {' or '.join(KINDS)}. "
+            "Use the version that wrote it, or export again."
         )
     missing = [key for key in ("architecture", "vocabularies") if key not in config]
     if missing:

@@ -147,7 +147,7 @@ def test_bfloat16_attention_agrees_with_and_without_a_graph():
 
 
 def test_a_sentence_beyond_the_positions_is_refused():
-    with pytest.raises(DataError, match="13 tokens.*max_positions = 12"):
+    with pytest.raises(DataError, match=r"13 tokens.*max_positions = 12"):
         build().encode(torch.full((1, 13), 7))
 
 

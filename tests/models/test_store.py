@@ -99,14 +99,14 @@ def test_a_changed_config_is_named(saved, change, message):
 def test_a_cut_config_is_named(saved):
     path = saved[0] / "config.json"
     path.write_text(path.read_text()[:40])
-    with pytest.raises(CheckpointError, match="config.json: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"config.json: cannot be read"):
         load_model(saved[0])
 
 
 def test_a_changed_vocabulary_is_refused_by_hash(saved):
     path = next(saved[0].glob("joint*"))
     path.write_text(path.read_text(encoding="utf-8").replace("b 1", "d 1"), encoding="utf-8")
-    with pytest.raises(VocabularyError, match="hash .* but the model was trained with"):
+    with pytest.raises(VocabularyError, match=r"hash .* but the model was trained with"):
         load_model(saved[0])
 
 
