@@ -1,4 +1,4 @@
-"""From a model to text: search, mask-predict, streaming translation, distillation."""
+"""From a model to text: search, mask-predict, streaming translation. Distillation is engine_fast.decoding.distill."""
 
 from engine_fast.decoding.autoregressive import beam_search, greedy
 from engine_fast.decoding.hypothesis import Hypothesis
@@ -9,11 +9,15 @@ from engine_fast.decoding.mask_predict import (
     mask_predict_candidates,
     mask_predict_n_best,
 )
+from engine_fast.decoding.translate import DecodeSettings, TranslateReport, Translator
 
 __all__ = [
     "Candidates",
+    "DecodeSettings",
     "Hypothesis",
     "Rescore",
+    "TranslateReport",
+    "Translator",
     "beam_search",
     "greedy",
     "mask_predict",

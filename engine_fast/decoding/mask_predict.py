@@ -52,6 +52,7 @@ def mask_predict(
     iterations: int = 1,
     length_beam: int = 1,
     lengths: Tensor | None = None,
+    max_length: int | None = None,
     rescore: Rescore | None = None,
     length_penalty: float = 1.0,
     force_end: bool = True,
@@ -63,6 +64,7 @@ def mask_predict(
         iterations=iterations,
         length_beam=length_beam,
         lengths=lengths,
+        max_length=max_length,
         rescore=rescore,
         length_penalty=length_penalty,
         force_end=force_end,
@@ -78,6 +80,7 @@ def mask_predict_n_best(
     iterations: int = 1,
     length_beam: int = 1,
     lengths: Tensor | None = None,
+    max_length: int | None = None,
     rescore: Rescore | None = None,
     length_penalty: float = 1.0,
     force_end: bool = True,
@@ -86,6 +89,7 @@ def mask_predict_n_best(
 
     Args: source_BS: ids ending in EOS, right padded. lengths: (B,) known target lengths, EOS included; the candidates
         are then the length_beam lengths around them, else the length_beam most probable ones.
+        max_length: longest candidate; default, and at most, the model's positions.
         rescore: judges the candidates by -energy / length**length_penalty (length counts EOS, as in beam_search)
         instead of by their average token log-probability.
     Returns: per sentence, hypotheses whose score is what ranked them. No gradients.
@@ -94,11 +98,14 @@ def mask_predict_n_best(
     require(length_beam >= 1, "length_beam", length_beam, "at least 1")
     if not source_BS.shape[0]:
         return []
+    positions = model.architecture.max_positions
+    max_length = positions if max_length is None else min(max_length, positions)
+    require(max_length >= MIN_LENGTH, "max_length", max_length, f"at least {MIN_LENGTH}")
     memory, logits_BL = model.encode(source_BS)
     if lengths is None:
-        lengths_BK = predict_lengths(logits_BL, length_beam)
+        lengths_BK = predict_lengths(logits_BL[:, : max_length + 1], length_beam)
     else:
-        lengths_BK = lengths_around(lengths.to(source_BS.device), length_beam, model.architecture.max_positions)
+        lengths_BK = lengths_around(lengths.to(source_BS.device), length_beam, max_length)
     found = _decode(model, memory, iterations=iterations, lengths_BK=lengths_BK, force_end=force_end)
     scores_BK = found.averages
     if rescore is not None:
@@ -125,9 +132,9 @@ def mask_predict_candidates(
     Pass 0 predicts all n slots. Pass t masks the floor(n (1 - t / iterations)) least probable ones (at least one)
     and predicts them again; the others keep their token and the probability it was chosen with.
 
-    force_end: the last slot is EOS from the start and is not counted in n, and no other slot may hold BOS, PAD, MASK
-    or EOS: ENGINE's student gets no energy gradient in that slot. False: the last slot is predicted like any other
-    and nothing is forbidden, as in the authors' code.
+    force_end: the last slot reads MASK in pass 0, as in training, and is EOS from then on, because ENGINE's student
+    gets no energy gradient there; it is not counted in n, and no other slot may hold BOS, PAD, MASK or EOS.
+    False: the last slot is predicted like any other and nothing is forbidden, as in the authors' code.
     """
     memory, _ = model.encode(source_BS)
     return _decode(model, memory, iterations=iterations, lengths_BK=lengths_BK, force_end=force_end)
@@ -153,12 +160,12 @@ def _decode(model: CMLM, memory: Memory, *, iterations: int, lengths_BK: Tensor,
     slots_T = torch.arange(int(lengths_N.max()), device=device)
     num_predicted_N = lengths_N - 1 if force_end else lengths_N
     open_NT = slots_T < num_predicted_N[:, None]
-    tokens_NT = torch.where(open_NT, MASK, PAD)
-    if force_end:
-        tokens_NT.scatter_(1, lengths_N[:, None] - 1, EOS)
+    tokens_NT = torch.where(slots_T < lengths_N[:, None], MASK, PAD)
     forbidden = [BOS, PAD, MASK, EOS] if force_end else []
     values_NT = torch.zeros(tokens_NT.shape, dtype=score_dtype(memory.states.dtype), device=device)
     _predict(model, memory, tokens_NT, values_NT, open_NT, forbidden)
+    if force_end:  # only now: in training every slot of the first pass reads MASK, the last one too
+        tokens_NT.scatter_(1, lengths_N[:, None] - 1, EOS)
     for t in range(1, iterations):
         num_masked_N = (num_predicted_N * (iterations - t) // iterations).clamp_min(1)
         doubt_NT = values_NT.masked_fill(~open_NT, float("inf"))

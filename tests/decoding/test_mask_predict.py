@@ -20,7 +20,7 @@ def reference(
     source = torch.tensor([source_S])
     memory, _ = model.encode(source)
     n = length - 1 if force_end else length
-    tokens = [MASK] * n + [EOS] * force_end
+    tokens = [MASK] * length  # the first pass reads what ENGINE's training reads
     values = [0.0] * n
     masked = list(range(n))
     for t in range(iterations):
@@ -35,6 +35,8 @@ def reference(
             if force_end:
                 allowed[[BOS, PAD, MASK, EOS]] = float("-inf")
             values[i], tokens[i] = allowed.max().item(), int(allowed.argmax())
+        if force_end:
+            tokens[-1] = EOS
     return tokens, sum(values)
 
 

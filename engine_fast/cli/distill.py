@@ -1,0 +1,64 @@
+"""`engine-fast distill`: the teacher's translations of the training sources, as a corpus."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from engine_fast.cli.translate import Device, Precision, pick_device
+from engine_fast.errors import ConfigError
+
+
+def distill(
+    model: Annotated[Path, typer.Option(help="Teacher directory.")],
+    data: Annotated[Path, typer.Option(help="Directory that `engine-fast prepare` wrote.")],
+    out: Annotated[Path, typer.Option(help="Where corpus/, source.txt and target.txt go.")],
+    beam: Annotated[int, typer.Option(min=1, help="Hypotheses kept.")] = 5,
+    length_penalty: Annotated[float, typer.Option(min=0, help="Scores are divided by length to this power.")] = 1.0,
+    n_best: Annotated[int, typer.Option(min=1, help="Translations written per source.")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Source tokens times beam per batch.")] = 8192,
+    chunk_sentences: Annotated[int, typer.Option(min=1, help="Sentences per resumable chunk.")] = 2000,
+    split: Annotated[Literal["train", "valid", "test"], typer.Option(help="Split to translate.")] = "train",
+    precision: Annotated[Precision, typer.Option(help="Of the search.")] = "fp32",
+    device: Annotated[Device, typer.Option(help="auto = cuda where there is one.")] = "auto",
+) -> None:
+    """Translate the training sources with the teacher's beam search. Interrupted, the same command goes on.
+
+    Started by a launcher (RANK and WORLD_SIZE are set), the processes share the work.
+    """
+    import torch
+
+    from engine_fast.config import DistillConfig
+    from engine_fast.data.prepared import Prepared
+    from engine_fast.decoding.distill import distill as run
+    from engine_fast.models import load_model
+
+    rank, world_size = _place_among_processes()
+    where = pick_device(device)
+    if where.type == "cuda":
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    config = DistillConfig(
+        beam=beam,
+        length_penalty=length_penalty,
+        n_best=n_best,
+        max_tokens=max_tokens,
+        chunk_sentences=chunk_sentences,
+        precision=precision,
+    )
+    teacher = load_model(model, kind="transformer")
+    corpus = run(teacher, Prepared.open(data), config, out, split=split, rank=rank, world_size=world_size, device=where)
+    if rank == 0:
+        print(f"{out}: {len(corpus)} pairs", file=sys.stderr)
+
+
+def _place_among_processes() -> tuple[int, int]:
+    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise ConfigError(
+            f"RANK = {rank!r} and WORLD_SIZE = {world_size!r}, expected 0 <= RANK < WORLD_SIZE. Unset both."
+        )
+    return int(rank), int(world_size)

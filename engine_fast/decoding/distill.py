@@ -1,0 +1,266 @@
+"""Sequence-level distillation: the teacher's beam search over a whole split, in chunks that survive a kill.
+
+A chunk's result depends on its own sentences alone, so neither interruption nor the number of processes changes it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from torch import nn
+
+from engine_fast.config import DistillConfig
+from engine_fast.data.atomic import writing
+from engine_fast.data.corpus import ParallelCorpus
+from engine_fast.data.prepared import Prepared
+from engine_fast.data.shards import ShardWriter
+from engine_fast.decoding.translate import DecodeSettings, Translator
+from engine_fast.errors import CheckpointError, DataError
+from engine_fast.models import LoadedModel, Transformer
+
+REPORT = "distill.json"
+CORPUS = "corpus"
+_POLL_SECONDS = 0.5
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+Ids = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """The hypotheses of consecutive sources."""
+
+    counts: Ids
+    """Hypotheses per source."""
+    lengths: Ids
+    """Tokens per hypothesis."""
+    tokens: Ids
+    """All of them, one after another."""
+    log_probabilities: NDArray[np.float32]
+    num_truncated: int
+
+
+def distill(
+    loaded: LoadedModel,
+    prepared: Prepared,
+    config: DistillConfig,
+    directory: str | Path,
+    *,
+    split: str = "train",
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    show_progress: bool = True,
+) -> ParallelCorpus:
+    """Translate a split's sources with the teacher and write the pairs; returns the finished corpus.
+
+    Written under `directory`: corpus/ (shards: the source's own ids, the beam's ids, n_best pairs per source in a row),
+    source.txt and target.txt (the same as text), distill.json (counts; last, so its presence means done). Until then
+    each chunk is a file of its own, complete or absent: the same call again goes on where it stopped. Chunks are
+    dealt to ranks; a rank that is done takes over what is still missing. Rank 0 assembles, the others wait for it.
+
+    A result made from another model, other data or another config is replaced; one that agrees is returned at once.
+    Raises VocabularyError when teacher and data differ in vocabulary, CheckpointError for a model without beam search.
+    """
+    directory = Path(directory)
+    if not isinstance(loaded.model, Transformer):
+        raise CheckpointError(f"distill needs a transformer teacher, got a {loaded.model.kind} model.")
+    corpus = prepared.split(split)
+    corpus.require_vocabularies(loaded.source_vocabulary.fingerprint, loaded.target_vocabulary.fingerprint)
+    key = _key(loaded.model, corpus, config)
+    if _finished(directory, key):
+        return ParallelCorpus.open(directory / CORPUS)
+    chunks = directory / f"chunks-{key[:16]}"
+    with writing(chunks):
+        chunks.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(corpus), config.chunk_sentences)
+    paths = [chunks / f"{number:06d}.npz" for number in range(len(starts))]
+
+    model = _place(loaded.model, _DTYPES[config.precision], device)
+    settings = DecodeSettings(
+        beam=config.beam, length_penalty=config.length_penalty, n_best=config.n_best, max_tokens=config.max_tokens
+    )
+    teacher = LoadedModel(model, loaded.source_vocabulary, loaded.target_vocabulary, loaded.card)
+    own = [number for number in range(len(paths)) if number % world_size == rank]
+    others = [number for number in reversed(range(len(paths))) if number % world_size != rank]
+    done = sum(min(config.chunk_sentences, len(corpus) - starts[n]) for n, path in enumerate(paths) if path.exists())
+    with _progress(len(corpus), done, show_progress and rank == 0) as advance:
+        for number in own + others:
+            if paths[number].exists() or _finished(directory, key):
+                continue
+            stop = min(starts[number] + config.chunk_sentences, len(corpus))
+            sources = [corpus.source(i) for i in range(starts[number], stop)]
+            chunk = _search(Translator(teacher, settings), sources, advance)
+            try:
+                _write_chunk(paths[number], chunk)
+            except DataError:
+                # Another rank was quicker, rank 0 has assembled everything, and the folder of chunks is gone.
+                if not _finished(directory, key):
+                    raise
+    if rank == 0:
+        _assemble(directory, key, corpus, paths, config, prepared)
+        shutil.rmtree(chunks, ignore_errors=True)
+    while not _finished(directory, key):
+        time.sleep(_POLL_SECONDS)
+    return ParallelCorpus.open(directory / CORPUS)
+
+
+def _key(model: nn.Module, corpus: ParallelCorpus, config: DistillConfig) -> str:
+    """Everything the result depends on, as one hash."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    digest.update(config.model_dump_json().encode())
+    digest.update(f"{corpus.source_fingerprint} {corpus.target_fingerprint} {len(corpus)}\n".encode())
+    for i in range(len(corpus)):
+        digest.update(np.ascontiguousarray(corpus.source(i), dtype=np.int32).tobytes())
+    return digest.hexdigest()
+
+
+def _finished(directory: Path, key: str) -> bool:
+    try:
+        report = json.loads((directory / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and report.get("key") == key
+
+
+def _place(model: Transformer, dtype: torch.dtype, device: torch.device | str) -> Transformer:
+    """The model on the device in the dtype; the caller's own stays as it is."""
+    held = next(model.parameters())
+    if held.dtype == dtype and held.device == torch.device(device) and not model.training:
+        return model
+    return copy.deepcopy(model).to(device=device, dtype=dtype).eval()
+
+
+def _search(translator: Translator, sources: list[NDArray[Any]], advance: Callable[[int], None]) -> _Chunk:
+    found = translator.search(sources, advance=advance)
+    flat = [hypothesis for hypotheses in found for hypothesis in hypotheses]
+    return _Chunk(
+        counts=np.array([len(hypotheses) for hypotheses in found], dtype=np.int32),
+        lengths=np.array([len(hypothesis.tokens) for hypothesis in flat], dtype=np.int32),
+        tokens=np.array([token for hypothesis in flat for token in hypothesis.tokens], dtype=np.int32),
+        log_probabilities=np.array([hypothesis.log_probability for hypothesis in flat], dtype=np.float32),
+        num_truncated=translator.report.num_truncated,
+    )
+
+
+def _write_chunk(path: Path, chunk: _Chunk) -> None:
+    with _replacing(path, "wb") as file:
+        np.savez(
+            file,
+            counts=chunk.counts,
+            lengths=chunk.lengths,
+            tokens=chunk.tokens,
+            log_probabilities=chunk.log_probabilities,
+            num_truncated=np.int64(chunk.num_truncated),
+        )
+
+
+def _read_chunk(path: Path) -> _Chunk:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            parts = {name: arrays[name] for name in ("counts", "lengths", "tokens", "log_probabilities")}
+            return _Chunk(**parts, num_truncated=int(arrays["num_truncated"]))
+    except (ValueError, KeyError, BadZipFile, EOFError) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({error}). Remove the file and start again: only it is redone."
+        ) from error
+
+
+def _assemble(
+    directory: Path, key: str, corpus: ParallelCorpus, paths: list[Path], config: DistillConfig, prepared: Prepared
+) -> None:
+    """Chunks, in order, to shards and text. The report is written last."""
+    (directory / REPORT).unlink(missing_ok=True)
+    for abandoned in directory.glob(".*.partial-*"):
+        abandoned.unlink() if abandoned.is_file() else shutil.rmtree(abandoned, ignore_errors=True)
+    num_pairs = num_tokens = num_truncated = 0
+    total = 0.0
+    writer = ShardWriter(
+        directory / CORPUS,
+        source_fingerprint=corpus.source_fingerprint,
+        target_fingerprint=corpus.target_fingerprint,
+    )
+    with (
+        writer as shards,
+        _replacing(directory / "source.txt", "w") as source_text,
+        _replacing(directory / "target.txt", "w") as target_text,
+    ):
+        index = 0
+        for path in paths:
+            chunk = _read_chunk(path)
+            targets = iter(np.split(chunk.tokens, np.cumsum(chunk.lengths)[:-1]))
+            for count in chunk.counts.tolist():
+                source_ids = corpus.source(index)
+                line = _one_line(prepared.source_vocabulary.decode(source_ids.tolist()))
+                for _ in range(count):
+                    target_ids = next(targets)
+                    shards.add(source_ids, target_ids)
+                    source_text.write(line)
+                    target_text.write(_one_line(prepared.target_vocabulary.decode(target_ids.tolist())))
+                index += 1
+            num_pairs += len(chunk.lengths)
+            num_tokens += len(chunk.tokens)
+            num_truncated += chunk.num_truncated
+            total += float(chunk.log_probabilities.sum(dtype=np.float64))
+    report = {
+        "key": key,
+        "num_sources": len(corpus),
+        "num_pairs": num_pairs,
+        "num_target_tokens": num_tokens,
+        "num_truncated_sources": num_truncated,
+        "mean_log_probability": total / max(1, num_pairs),
+        "config": config.model_dump(mode="json"),
+    }
+    with _replacing(directory / REPORT, "w") as file:
+        file.write(json.dumps(report, indent=2) + "\n")
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ") + "\n"
+
+
+@contextmanager
+def _replacing(path: Path, mode: str) -> Iterator[Any]:
+    """A file that takes its name only when it is whole and on disk."""
+    fresh = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with writing(path), open(fresh, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} sentences/s" if task.speed else "", style="cyan")
+
+
+@contextmanager
+def _progress(total: int, done: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("distill"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
+        task = progress.add_task("distill", total=total, completed=done)
+        yield lambda count: progress.advance(task, count)
