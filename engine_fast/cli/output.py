@@ -1,0 +1,28 @@
+"""What the commands that end in a table share: progress lines on stderr, the table on stdout."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def say(line: str) -> None:
+    """One line about what happens, flushed, on standard error: standard output is for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def show(results: dict[str, Any], out: Path) -> None:
+    """The table of systems, the findings, and where the files are."""
+    from rich.console import Console
+
+    from engine_fast.evaluation.findings import summary
+    from engine_fast.evaluation.results import results_table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)  # a log file has no width; do not wrap the table
+    console.print(results_table(results))
+    for line in summary(results):
+        console.print(line)
+    console.print(f"{out / 'results.json'}\n{out / 'report.html'}", soft_wrap=True)

@@ -1,0 +1,27 @@
+"""`engine-fast run`: a whole recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    config: Annotated[Path, typer.Argument(help="YAML file, see configs/.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Directory of the run; the same one continues it.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="section.key=value", help="Override one setting; repeatable.")
+    ] = None,
+) -> None:
+    """Prepare, train teacher, distil, train CMLM and ENGINE, evaluate, report: each stage once, resumable."""
+    from engine_fast.cli.output import say, show
+    from engine_fast.config import dump_config, load_config
+    from engine_fast.recipes.run import run as run_recipe
+
+    settings = load_config(config, overrides or [])
+    say(dump_config(settings))
+    results = run_recipe(settings, out, say=say)
+    if results is not None:
+        show(results, out)

@@ -1,0 +1,192 @@
+"""A run as stages: each is done once for given inputs, continued when half done, done anew when an input changed.
+
+A stage owns one directory. `begun.json` says for which inputs its files were made; `stage.json`, written last and in
+one step, says that they are all there. Both hold the stage's key:
+
+    key = sha256(name, format version, settings, {upstream stage: hash of its outputs})
+
+So kill -9 at any point leaves a stage that is either whole or marked as begun, and a changed input can never mix with
+files made from the old one: the old directory is moved aside as `<stage>.stale-<n>`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engine_fast import __version__
+from engine_fast.evaluation.files import write_json
+
+FORMAT = 1
+"""Raise when a stage's files change in meaning: every stage of an older run then runs again."""
+
+_MISSING = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step of a run, as data."""
+
+    name: str
+    upstream: tuple[str, ...]
+    """Stages whose outputs it reads."""
+    settings: Mapping[str, Any]
+    """Everything else that decides its result, as JSON."""
+    outputs: tuple[str, ...]
+    """Globs, relative to its directory, of the files that later stages read; each must match something."""
+    run: Callable[[Path], None]
+    """Fills the directory; called on a half-filled one, it continues."""
+    every_rank: bool = False
+    """Training runs on every rank, everything else on rank 0 while the others wait."""
+
+
+State = Literal["done", "fresh", "resumed", "changed", "damaged"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to happen to one stage, and why."""
+
+    state: State
+    key: str
+    reason: str = ""
+
+
+def stage_key(stage: Stage, outputs: Mapping[str, str]) -> str:
+    """The stage's key; `outputs` maps each upstream stage to the hash of its outputs."""
+    return _digest(json.dumps([stage.name, _inputs(stage, outputs)], sort_keys=True).encode())
+
+
+def plan_stage(stage: Stage, directory: Path, outputs: Mapping[str, str]) -> Plan:
+    """Compare what the directory was made from with what is wanted now. Changes nothing."""
+    key = stage_key(stage, outputs)
+    begun, finished = _read(directory / "begun.json"), _read(directory / "stage.json")
+    if begun is None:
+        # hidden files are what a crash left of begun.json itself
+        occupied = directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir())
+        return Plan("changed", key, "its directory holds files of unknown origin") if occupied else Plan("fresh", key)
+    if begun.get("key") != key:
+        return Plan("changed", key, _difference(begun.get("inputs", {}), _inputs(stage, outputs)))
+    if finished is None or finished.get("key") != key:
+        return Plan("resumed", key)
+    for name, entry in finished["outputs"].items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return Plan("damaged", key, f"{name} is missing or has another size than when it was finished")
+    return Plan("done", key)
+
+
+def begin(stage: Stage, directory: Path, plan: Plan, outputs: Mapping[str, str]) -> Path | None:
+    """Make the directory ready for the stage to run. Returns where old files were moved, if any were."""
+    moved = None
+    if plan.state in ("changed", "damaged"):
+        taken = (directory.with_name(f"{directory.name}.stale-{number}") for number in itertools.count(1))
+        moved = next(path for path in taken if not path.exists())
+        directory.rename(moved)
+    directory.mkdir(parents=True, exist_ok=True)
+    if plan.state != "resumed":
+        write_json(directory / "begun.json", {"key": plan.key, "inputs": _inputs(stage, outputs)})
+    return moved
+
+
+def finish(stage: Stage, directory: Path, plan: Plan, seconds: float) -> None:
+    """Write stage.json: from now on the stage is done. `seconds` add up over interrupted attempts."""
+    files = sorted({path for glob in stage.outputs for path in directory.glob(glob) if path.is_file()})
+    empty = [glob for glob in stage.outputs if not any(path.is_file() for path in directory.glob(glob))]
+    assert not empty, f"stage {stage.name} wrote nothing for {empty}"
+    entries = {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+        for path in files
+    }
+    content = "".join(f"{name} {entry['sha256']}\n" for name, entry in entries.items())
+    write_json(
+        directory / "stage.json",
+        {
+            "stage": stage.name,
+            "key": plan.key,
+            "outputs_hash": _digest(content.encode()),
+            "outputs": entries,
+            "seconds": round(seconds, 1),
+            "engine_fast": __version__,
+        },
+    )
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """What finish() wrote; None while the stage is not finished."""
+    return _read(directory / "stage.json")
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of the file's bytes, read in blocks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class StageClock:
+    """Seconds spent in a stage over all its attempts, kept in `attempts.jsonl` of its directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "attempts.jsonl"
+        self._start = time.monotonic()
+
+    def stop(self) -> float:
+        """Note this attempt (finished, failed or interrupted; kill -9 leaves none) and return the total."""
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"seconds": time.monotonic() - self._start}) + "\n")
+        total = 0.0
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                total += float(json.loads(line)["seconds"])
+            except (ValueError, KeyError):
+                continue  # half a line, from a crash while writing it
+        return total
+
+
+def check_order(stages: Sequence[Stage]) -> None:
+    """Every stage stands after what it reads, once."""
+    seen: set[str] = set()
+    for stage in stages:
+        assert stage.name not in seen, f"stage {stage.name} stands twice"
+        assert seen.issuperset(stage.upstream), f"stage {stage.name} stands before one of {stage.upstream}"
+        seen.add(stage.name)
+
+
+def _inputs(stage: Stage, outputs: Mapping[str, str]) -> dict[str, Any]:
+    upstream = {name: outputs[name] for name in stage.upstream}
+    tree = {"format": FORMAT, "settings": stage.settings, "upstream": upstream}
+    # through JSON, so that tuples and lists compare equal to what was read back
+    return dict(json.loads(json.dumps(tree, sort_keys=True)))
+
+
+def _difference(old: Any, new: Any, prefix: str = "") -> str:
+    """The first key that differs, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            before, after = old.get(key, _MISSING), new.get(key, _MISSING)
+            if before != after:
+                return _difference(before, after, f"{prefix}.{key}" if prefix else key)
+    root, _, rest = prefix.partition(".")
+    if root == "upstream":
+        return f"stage {rest} gave another result"
+    was, now = ("absent" if value is _MISSING else json.dumps(value) for value in (old, new))
+    return f"{rest or root} was {was}, is {now}"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is none or it was cut short."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return tree if isinstance(tree, dict) else None
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,56 @@
+"""Run a recipe: every stage in order, on one process or on all that a launcher started."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from engine_fast.config import RunConfig, dump_config
+from engine_fast.distributed import World, start
+from engine_fast.errors import ConfigError
+from engine_fast.evaluation.files import write_atomic
+from engine_fast.evaluation.results import read_results
+from engine_fast.recipes.execute import Say, run_graph
+from engine_fast.recipes.stages import build_stages
+
+
+def run(
+    config: RunConfig, out: Path, *, say: Say = print, redo: Sequence[str] = (), only: Sequence[str] | None = None
+) -> dict[str, Any] | None:
+    """Bring every stage of `config` under `out` to its end and return results.json as a tree (None on the other ranks).
+
+    Args: say: gets one line for every decision. redo: stages to run again although their inputs are unchanged.
+        only: stages that may run; another one that is not done raises CheckpointError.
+    Writes: out/config.yaml, one directory per stage, out/results.json, out/report.html.
+    Raises: what a stage raises; ConfigError when another process works in `out`. Starting again continues.
+    """
+    world = start(config.runtime)
+    with _locked(out, world):
+        if world.is_main:
+            write_atomic(out / "config.yaml", dump_config(config))
+        run_graph(build_stages(config, out, world=world, say=say), out, world=world, say=say, redo=redo, only=only)
+        if world.is_main:
+            for stage, name in (("evaluate", "results.json"), ("report", "report.html")):
+                write_atomic(out / name, (out / stage / name).read_bytes())
+        world.barrier()
+    return read_results(out / "results.json") if world.is_main else None
+
+
+@contextmanager
+def _locked(out: Path, world: World) -> Iterator[None]:
+    """Rank 0 holds out/.lock while it lives, so that two runs never write into one directory."""
+    if not world.is_main:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{out}: another engine-fast works here. Wait for it, or choose another --out."
+            ) from error
+        yield

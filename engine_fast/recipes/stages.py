@@ -1,0 +1,145 @@
+"""The stages of a run, built from its configuration: prepare, teacher, distill, cmlm, engine, evaluate, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engine_fast.config import DataConfig, RunConfig, TrainConfig
+from engine_fast.data import report, shards
+from engine_fast.data.catalog import resolve_config
+from engine_fast.data.corpus import ParallelCorpus
+from engine_fast.data.prepare import Prepared, prepare
+from engine_fast.data.text import expand_path
+from engine_fast.decoding.distill import distill
+from engine_fast.distributed import World
+from engine_fast.evaluation.files import write_json
+from engine_fast.evaluation.measure import evaluate_systems
+from engine_fast.evaluation.report import write_report
+from engine_fast.evaluation.results import machine, versions
+from engine_fast.models import load_model
+from engine_fast.recipes.execute import Say
+from engine_fast.recipes.graph import Stage, hash_file, read_record
+from engine_fast.training import train_cmlm, train_engine, train_teacher
+
+_WITHOUT_EFFECT = {"log_every"}
+"""Training settings that change no result."""
+
+
+def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> list[Stage]:
+    """The graph of `config` under `out`, in an order in which it can run.
+
+    The distill stage is left out when neither student uses distilled targets.
+    """
+    seed = {"seed": config.seed}
+    engine_extra = {"deepspeed": config.deepspeed} if config.deepspeed else {}
+    distilled = {name for name in ("cmlm", "engine") if getattr(config, name).data == "distilled"}
+
+    def prepared() -> Prepared:
+        return Prepared.open(out / "prepare" / "data")
+
+    def corpus_of(student: str) -> ParallelCorpus:
+        if student in distilled:
+            return ParallelCorpus.open(out / "distill" / "corpus")
+        return prepared().split("train")
+
+    def run_teacher(directory: Path) -> None:
+        train_teacher(config, prepared(), directory)
+
+    def run_cmlm(directory: Path) -> None:
+        data = prepared()
+        teacher_dir = out / "teacher" if config.cmlm.from_teacher else None
+        train_cmlm(
+            config, data, corpus_of("cmlm"), directory, valid_corpus=data.split("valid"), teacher_dir=teacher_dir
+        )
+
+    def run_engine(directory: Path) -> None:
+        data = prepared()
+        train_engine(
+            config, data, corpus_of("engine"), directory, valid_corpus=data.split("valid"),
+            teacher_dir=out / "teacher", cmlm_dir=out / "cmlm",
+        )  # fmt: skip
+
+    def run_distill(directory: Path) -> None:
+        teacher = load_model(out / "teacher" / "model", device=world.device, kind="transformer")
+        distill(
+            teacher, prepared(), config.distill, directory,
+            rank=world.rank, world_size=world.size, device=world.device,
+        )  # fmt: skip
+
+    def run_evaluate(directory: Path) -> None:
+        measured = evaluate_systems(
+            config, prepared(), directory, device=world.device, say=say,
+            teacher_dir=out / "teacher", cmlm_dir=out / "cmlm", engine_dir=out / "engine",
+        )  # fmt: skip
+        write_json(directory / "results.json", {"name": config.name, **measured, **_provenance(config, out, world)})
+
+    def run_report(directory: Path) -> None:
+        write_report(out, directory / "report.html")
+
+    model = ("model/**/*",)  # not metrics.jsonl: it holds times, which must not make a later stage run again
+    cmlm_upstream = ["prepare"] + ["distill"] * ("cmlm" in distilled) + ["teacher"] * config.cmlm.from_teacher
+    engine_upstream = ["prepare", "teacher", "cmlm"] + ["distill"] * ("engine" in distilled)
+    prepare_inputs = {**seed, "data": _section(config.data, {"workers", "root"}), "files": _text_files(config.data),
+                      "formats": [report.VERSION, shards.VERSION]}  # fmt: skip
+    stages = [
+        Stage("prepare", (), prepare_inputs, ("data/**/*",),
+              lambda directory: _prepare(config, directory, say)),
+        Stage("teacher", ("prepare",), {**seed, **engine_extra, "teacher": _training(config.teacher)}, model,
+              run_teacher, every_rank=True),
+        Stage("distill", ("prepare", "teacher"), {"distill": _section(config.distill)}, ("corpus/**/*",), run_distill,
+              every_rank=True),
+        Stage("cmlm", tuple(cmlm_upstream), {**seed, **engine_extra, "cmlm": _training(config.cmlm)}, model,
+              run_cmlm, every_rank=True),
+        Stage("engine", tuple(engine_upstream), {**seed, **engine_extra, "engine": _training(config.engine)}, model,
+              run_engine, every_rank=True),
+        Stage("evaluate", ("prepare", "teacher", "cmlm", "engine"), {"evaluate": _section(config.evaluate)},
+              ("results.json", "outputs/*"), run_evaluate),
+        Stage("report", ("evaluate", "teacher", "cmlm", "engine"), {}, ("report.html",), run_report),
+    ]  # fmt: skip
+    return stages if distilled else [stage for stage in stages if stage.name != "distill"]
+
+
+def _prepare(config: RunConfig, directory: Path, say: Say) -> None:
+    counted = prepare(config.data, directory / "data", seed=config.seed)
+    for split, part in counted.splits.items():
+        say(f"prepare: {split}: {part.kept} of {part.read} pairs kept")
+
+
+def _training(section: TrainConfig) -> dict[str, Any]:
+    return _section(section, _WITHOUT_EFFECT)
+
+
+def _section(section: Any, without: set[str] | None = None) -> dict[str, Any]:
+    return dict(section.model_dump(mode="json", exclude=without))
+
+
+def _text_files(config: DataConfig) -> dict[str, str]:
+    """Hashes of the text that prepare reads, so that an edited file is noticed; none for a generated corpus."""
+    if config.synthetic is not None:
+        return {}
+    return {
+        f"{split}.{side}": hash_file(expand_path(getattr(pair, side)))
+        for split, pair in resolve_config(config).items()
+        for side in ("source", "target")
+    }
+
+
+def _provenance(config: RunConfig, out: Path, world: World) -> dict[str, Any]:
+    """What results.json says besides the measurements."""
+    data = Prepared.open(out / "prepare" / "data")
+    records = {stage: read_record(out / stage) for stage in ("prepare", "teacher", "distill", "cmlm", "engine")}
+    found = {stage: record for stage, record in records.items() if record is not None}
+    return {
+        "seed": config.seed,
+        "config": config.model_dump(mode="json", exclude_none=True),
+        "versions": versions(),
+        "machine": machine(world.device),
+        "corpus": data.report,
+        "seconds": {stage: record["seconds"] for stage, record in found.items()},
+        "hashes": {
+            "source vocabulary": data.source_vocabulary.fingerprint,
+            "target vocabulary": data.target_vocabulary.fingerprint,
+            **{f"{stage} outputs": record["outputs_hash"] for stage, record in found.items()},
+        },
+    }

@@ -1,0 +1,190 @@
+"""Stages: done once, continued, redone when an input changes, safe against kill -9. Toy stages, no training."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine_fast.distributed import World
+from engine_fast.errors import CheckpointError
+from engine_fast.recipes.execute import run_graph
+from engine_fast.recipes.graph import Stage
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+class Toy:
+    """Two stages: `copy` writes its setting, `double` writes what copy wrote twice. Counts runs, can be told to die."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.runs: list[str] = []
+        self.said: list[str] = []
+        self.interrupt: str | None = None
+
+    def go(self, value: Any = 1, **options: Any) -> None:
+        stages = [
+            Stage("copy", (), {"value": value}, ("out/*",), self._body("copy", lambda: str(value))),
+            Stage("double", ("copy",), {}, ("*.txt",), self._body("double", lambda: 2 * self.text("copy"))),
+        ]
+        run_graph(stages, self.out, world=ALONE, say=self.said.append, **options)
+
+    def text(self, stage: str) -> str:
+        where = {"copy": "out/value", "double": "value.txt"}[stage]
+        return (self.out / stage / where).read_text()
+
+    def _body(self, name: str, content: Callable[[], str]) -> Callable[[Path], None]:
+        def body(directory: Path) -> None:
+            self.runs.append(name)
+            half = directory / "half"
+            resumed = half.exists()
+            half.touch()
+            if self.interrupt == name:
+                raise KeyboardInterrupt
+            path = directory / {"copy": "out/value", "double": "value.txt"}[name]
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(content())
+            self.said.append(f"{name} resumed={resumed}")
+
+        return body
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    return Toy(tmp_path / "run")
+
+
+def test_every_stage_runs_once(toy: Toy) -> None:
+    toy.go()
+    assert toy.text("double") == "11"
+    toy.go()
+    assert toy.runs == ["copy", "double"]
+    assert toy.said[-2:] == ["copy: done before, inputs unchanged", "double: done before, inputs unchanged"]
+
+
+def test_a_changed_setting_reruns_it_and_what_reads_it(toy: Toy) -> None:
+    toy.go(1)
+    toy.go(2)
+    assert toy.runs == ["copy", "double"] * 2
+    assert toy.text("double") == "22"
+    assert "copy: running again because value was 1, is 2; the old files are in copy.stale-1" in toy.said
+    assert (
+        "double: running again because stage copy gave another result; the old files are in double.stale-1" in toy.said
+    )
+    assert (toy.out / "double.stale-1" / "value.txt").read_text() == "11"
+    assert "copy resumed=False" in toy.said[-5:]  # a fresh directory: nothing of the old run is there
+
+
+def test_the_same_output_from_other_settings_stops_the_chain(toy: Toy) -> None:
+    toy.go("1")
+    toy.go(1)  # another setting, the same text
+    assert toy.runs == ["copy", "double", "copy"]
+
+
+def test_an_interrupted_stage_continues_in_its_directory(toy: Toy) -> None:
+    toy.interrupt = "double"
+    with pytest.raises(KeyboardInterrupt):
+        toy.go()
+    assert not (toy.out / "double" / "stage.json").exists()
+    toy.interrupt = None
+    toy.go()
+    assert toy.runs == ["copy", "double", "double"]
+    assert "double: was interrupted, continuing" in toy.said
+    assert "double resumed=True" in toy.said
+
+
+def test_an_interrupted_stage_is_not_continued_for_other_inputs(toy: Toy) -> None:
+    toy.interrupt = "double"
+    with pytest.raises(KeyboardInterrupt):
+        toy.go(1)
+    toy.interrupt = None
+    toy.go(2)
+    assert "double resumed=False" in toy.said
+    assert toy.text("double") == "22"
+
+
+@pytest.mark.parametrize("damage", ["delete", "grow"])
+def test_a_damaged_output_is_made_again(toy: Toy, damage: str) -> None:
+    toy.go()
+    path = toy.out / "copy" / "out" / "value"
+    path.unlink() if damage == "delete" else path.write_text("longer")
+    toy.go()
+    assert toy.runs == ["copy", "double", "copy"]  # the same content again, so double stands
+    assert toy.text("copy") == "1"
+
+
+def test_files_of_unknown_origin_are_moved_aside(toy: Toy) -> None:
+    (toy.out / "copy").mkdir(parents=True)
+    (toy.out / "copy" / "mine.txt").write_text("precious")
+    toy.go()
+    assert (toy.out / "copy.stale-1" / "mine.txt").read_text() == "precious"
+    assert [path.name for path in (toy.out / "copy" / "out").iterdir()] == ["value"]
+
+
+def test_redo_runs_a_done_stage_again(toy: Toy) -> None:
+    toy.go()
+    toy.go(redo=("double",))
+    assert toy.runs == ["copy", "double", "double"]
+
+
+def test_only_refuses_to_run_other_stages(toy: Toy) -> None:
+    with pytest.raises(CheckpointError, match=r"copy is not done for this configuration.*engine-fast run"):
+        toy.go(only=("double",))
+    assert toy.runs == []
+
+
+def test_the_record_names_every_output(toy: Toy) -> None:
+    toy.go()
+    record = json.loads((toy.out / "copy" / "stage.json").read_text())
+    assert list(record["outputs"]) == ["out/value"]
+    assert record["outputs"]["out/value"]["bytes"] == 1
+    assert record["seconds"] >= 0
+
+
+def test_kill_9_leaves_a_stage_begun_never_done(tmp_path: Path) -> None:
+    """The process kills itself inside the stage, then between its last file and stage.json."""
+    script = tmp_path / "toy.py"
+    script.write_text(
+        textwrap.dedent("""
+            import os, signal, sys
+            from pathlib import Path
+            import torch
+            from engine_fast.distributed import World
+            from engine_fast.recipes import execute, graph
+            out, where = Path(sys.argv[1]), sys.argv[2]
+            def die():
+                os.kill(os.getpid(), signal.SIGKILL)
+            def body(directory):
+                with (directory / "lines.txt").open("a") as stream:
+                    for number in range(len((directory / "lines.txt").read_text().splitlines()), 4):
+                        stream.write(f"{number}\\n")
+                        stream.flush()
+                        if where == "inside" and number == 2:
+                            die()
+            if where == "end":
+                execute.finish = lambda *args: die()
+            stage = graph.Stage("lines", (), {}, ("lines.txt",), body)
+            execute.run_graph([stage], out, world=World(0, 1, torch.device("cpu")), say=print)
+        """)
+    )
+    outs = {}
+    for name, deaths in (("killed", ["inside", "end"]), ("whole", [])):
+        out = tmp_path / name
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        for where in deaths:
+            dead = subprocess.run([sys.executable, script, out, where], env=environment, check=False)
+            assert dead.returncode == -signal.SIGKILL
+            assert not (out / "lines" / "stage.json").exists()
+        subprocess.run([sys.executable, script, out, "never"], env=environment, check=True)
+        outs[name] = json.loads((out / "lines" / "stage.json").read_text())["outputs_hash"]
+    assert outs["killed"] == outs["whole"]
