@@ -92,6 +92,7 @@ class Build(BuildExtension):
     def build_extensions(self) -> None:
         command, version = compiler()
         os.environ["CXX"] = command
+        self.force = True  # ninja decides what is out of date: setuptools does not see changed flags or another torch
         for extension in self.extensions:
             flags = extension.extra_compile_args["cxx"]
             record = {
@@ -112,7 +113,10 @@ def extension() -> Any:
     arguments: dict[str, Any] = {
         "name": "engine_fast._C",
         "include_dirs": [pybind11.get_include()],
-        "extra_compile_args": {"cxx": ["-O3", "-std=c++20", "-Wall", *ISA_FLAGS[cpu_isa()]]},
+        "depends": [
+            str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))
+        ],  # source archives take them
+        "extra_compile_args": {"cxx": ["-O3", "-g0", "-std=c++20", "-Wall", *ISA_FLAGS[cpu_isa()]]},
     }
     if cuda_version() is None:
         return CppExtension(sources=[str(path.relative_to(ROOT)) for path in sources], **arguments)
