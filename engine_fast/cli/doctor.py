@@ -186,18 +186,18 @@ def disk() -> Iterable[Check]:
 
 
 def corpora() -> Iterable[Check]:
-    """What the folder that ENGINE_FAST_DATA names holds."""
-    root = os.environ.get("ENGINE_FAST_DATA")
-    hint = "Set ENGINE_FAST_DATA to the folder that holds corpora, or let `prepare` download them. `demo` needs none."
-    if not root:
-        yield Check("usable", "corpora", "absent", "ENGINE_FAST_DATA is not set", hint)
-    elif not Path(root).is_dir():
-        yield Check("usable", "corpora", "absent", f"ENGINE_FAST_DATA = {root} is no folder", hint)
+    """Which corpora of the catalog stand ready as files."""
+    from engine_fast.data.catalog import CATALOG, data_directory
+
+    directory = data_directory()
+    ready = [name for name, entry in CATALOG.items() if (directory / entry.folder).is_dir()]
+    if ready:
+        yield Check("usable", "corpora", "ok", f"{', '.join(ready)} in {directory}")
     else:
-        folders = sorted(path.name for path in Path(root).iterdir() if path.is_dir())
-        yield Check(
-            "usable", "corpora", "ok" if folders else "absent", ", ".join(folders) or "none", "" if folders else hint
+        hint = (
+            "Set ENGINE_FAST_DATA to the folder that holds them, or let `prepare` fetch what can be. `demo` needs none."
         )
+        yield Check("usable", "corpora", "absent", f"none of the catalog in {directory}", hint)
 
 
 def _requirement(text: str) -> tuple[str, str]:

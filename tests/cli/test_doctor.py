@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from engine_fast import extension
 from engine_fast.cli import doctor
 from engine_fast.cli.main import app
+from engine_fast.data.catalog import CATALOG
 from engine_fast.errors import BuildError
 
 
@@ -140,12 +141,10 @@ def test_a_full_disk_is_broken_and_missing_tools_are_not(monkeypatch: pytest.Mon
 
 
 def test_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ENGINE_FAST_DATA", raising=False)
-    assert "not set" in found(doctor.corpora)["corpora"].found
-    monkeypatch.setenv("ENGINE_FAST_DATA", str(tmp_path / "nowhere"))
-    assert "no folder" in found(doctor.corpora)["corpora"].found
     monkeypatch.setenv("ENGINE_FAST_DATA", str(tmp_path))
-    assert found(doctor.corpora)["corpora"].state == "absent"
-    (tmp_path / "some_corpus").mkdir()
     check = found(doctor.corpora)["corpora"]
-    assert (check.state, check.found) == ("ok", "some_corpus")
+    assert (check.state, check.found) == ("absent", f"none of the catalog in {tmp_path}")
+    assert "ENGINE_FAST_DATA" in check.advice
+    (tmp_path / CATALOG["multi30k_de_en"].folder).mkdir()
+    check = found(doctor.corpora)["corpora"]
+    assert (check.state, check.found) == ("ok", f"multi30k_de_en in {tmp_path}")
