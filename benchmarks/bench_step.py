@@ -1,0 +1,257 @@
+"""Training steps of teacher, CMLM and ENGINE against the same steps written the authors' way (benchmarks/peers.py).
+
+    python -m benchmarks.bench_step [--quick] [--subjects engine cmlm teacher]
+
+A step is forward and backward of one micro-batch of 1024 target positions; the optimiser runs once for several of them
+and is the same for all. Models and batches are of the paper's size; --quick shrinks them, judges no floor and writes
+nothing. Writes benchmarks/results/step.json; exits with 1 below a floor of benchmarks/floors.toml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import harness, peers
+from engine_fast.config import Architecture, CMLMConfig, EngineConfig, TeacherConfig
+from engine_fast.data.batching import Batch
+from engine_fast.data.symbols import EOS, NUM_SPECIAL, PAD
+from engine_fast.models import CMLM, Transformer
+from engine_fast.training.objectives import CMLMObjective, EngineObjective, TeacherObjective, draw_masks
+
+SUBJECTS = ("teacher", "cmlm", "engine")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PROVIDERS = {
+    "teacher": ("ours-fp32", "ours-bf16", "peer-fp32"),
+    "cmlm": ("ours-fp32", "ours-bf16", "peer-fp32"),
+    "engine": ("ours-fp32", "ours-bf16", "peer-fp32", "peer_on_our_layers-fp32"),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of models and batches."""
+
+    width: int = 512
+    ffn_width: int = 2048
+    heads: int = 8
+    layers: int = 6
+    vocabulary: int = 10000
+    positions: int = 256
+    tokens: int = 1024
+    lengths: tuple[int, ...] = (13, 24, 38)
+    """Longest target of each batch; the others are up to a tenth shorter, as length buckets leave them."""
+    rounds: int = 4
+
+
+QUICK = Size(width=64, ffn_width=128, heads=4, layers=2, vocabulary=1000, tokens=256, rounds=3)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One way to compute one subject's step."""
+
+    loss: Callable[[Batch], Tensor]
+    modules: tuple[torch.nn.Module, ...]
+
+    def run(self, batch: Batch) -> None:
+        self.release()
+        self.loss(batch).backward()
+
+    def release(self) -> None:
+        for module in self.modules:
+            module.zero_grad(set_to_none=True)
+
+
+def make_batches(size: Size) -> list[Batch]:
+    """One batch per entry of `lengths`, sources 0.85 to 1.15 times as long as their targets."""
+    torch.manual_seed(7)
+    batches = []
+    for longest in size.lengths:
+        count = size.tokens // longest
+        targets = torch.randint(longest - longest // 10, longest + 1, (count,))
+        targets[0] = longest
+        sources = (targets * (0.85 + 0.3 * torch.rand(count))).round().long().clamp_min(3)
+        batches.append(Batch(_ids(sources, size), _ids(targets, size), torch.arange(count)))
+    return batches
+
+
+def make_step(subject: str, provider: str, size: Size) -> Step:
+    """Models are built anew, from one seed, so that every provider of a subject computes the same loss."""
+    way, dtype_name = provider.split("-")
+    dtype, ours = DTYPES[dtype_name], way == "ours"
+    layers = peers.PLAIN if way == "peer" else peers.OURS
+    teacher = student = None
+    torch.manual_seed(5)
+    if subject != "cmlm":
+        teacher = Transformer(_architecture(size), size.vocabulary, size.vocabulary).to(dtype)
+    if subject != "teacher":
+        student = CMLM(_architecture(size, cmlm=True), size.vocabulary, size.vocabulary).to(dtype)
+    if teacher is not None and student is not None:
+        student.train()
+        teacher.eval().requires_grad_(not ours)
+        if ours:
+            engine = EngineObjective(student, teacher, EngineConfig(o1="SX", o2="ST"))
+            return Step(lambda batch: engine(batch).total, (student,))
+        return Step(lambda batch: peers.engine_step(student, teacher, batch, layers=layers), (student, teacher))
+    if student is not None:
+        student.train()
+        if ours:
+            cmlm = CMLMObjective(student, CMLMConfig())
+            return Step(lambda batch: cmlm.loss_of(batch, _masks(batch)).total, (student,))
+        return Step(lambda batch: peers.cmlm_step(student, batch, _masks(batch), layers=layers), (student,))
+    assert teacher is not None
+    teacher.train()
+    if ours:
+        objective = TeacherObjective(teacher, TeacherConfig())
+        return Step(lambda batch: objective(batch).total, (teacher,))
+    return Step(lambda batch: peers.teacher_step(teacher, batch, layers=layers), (teacher,))
+
+
+def measure_speed(subject: str, size: Size, rates: dict[str, float]) -> dict[str, dict[str, float]]:
+    """provider -> target tokens/s, achieved GFLOP/s and its share of the GEMM rate, spread of the times."""
+    steps = {name: make_step(subject, name, size) for name in PROVIDERS[subject]}
+    seconds = dict.fromkeys(steps, 0.0)
+    spread = dict.fromkeys(steps, 0.0)
+    flops = dict.fromkeys(steps, 0.0)
+    tokens = 0
+    for batch in make_batches(size):
+        tokens += batch.num_target_tokens
+        for name, step in steps.items():
+            with FlopCounterMode(display=False) as counter:
+                step.run(batch)
+            flops[name] += counter.get_total_flops()
+        timed = harness.interleave({name: _bind(step, batch) for name, step in steps.items()}, rounds=size.rounds)
+        for name, row in timed.items():
+            seconds[name] += row["seconds"]
+            spread[name] = max(spread[name], row["spread"])
+    return {
+        name: {
+            "tokens_per_second": tokens / seconds[name],
+            "seconds_per_step": seconds[name] / len(size.lengths),
+            "spread": spread[name],
+            "gflop_per_step": flops[name] / len(size.lengths) / 1e9,
+            "gflops": flops[name] / seconds[name] / 1e9,
+            "share_of_gemm_rate": flops[name] / seconds[name] / 1e9 / rates[name.split("-")[1]],
+        }
+        for name in steps
+    }
+
+
+def measure_memory(subject: str, provider: str, size: Size) -> dict[str, float]:
+    """Peak resident memory of the step on the batch of middle length, in this process."""
+    step, batch = make_step(subject, provider, size), make_batches(size)[len(size.lengths) // 2]
+
+    def run() -> None:
+        step.run(batch)
+        step.release()
+
+    return harness.peak_memory(run)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_step", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small models; no floor is judged, nothing is written")
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", metavar="SUBJECT:PROVIDER", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    size = QUICK if options.quick else Size()
+    if options.memory:
+        subject, provider = options.memory.split(":")
+        print(json.dumps(measure_memory(subject, provider, size)))
+        return 0
+
+    rates = {name: harness.gemm_rate(dtype) for name, dtype in DTYPES.items()}
+    print("GEMM rate: " + ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in rates.items()))
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    for subject in options.subjects:
+        rows[subject] = measure_speed(subject, size, rates)
+        for provider, row in rows[subject].items():
+            arguments = ["--memory", f"{subject}:{provider}", "--threads", str(options.threads)]
+            memory = harness.in_fresh_process("benchmarks.bench_step", *arguments, *(["--quick"] * options.quick))
+            row |= {"peak_mib_above_inputs": memory["above"], "peak_mib": memory["peak"]}
+            print(
+                f"{subject:8} {provider:24} {row['tokens_per_second']:8.0f} tokens/s  spread {row['spread']:4.0%}  "
+                f"{row['gflops']:6.0f} GFLOP/s ({row['share_of_gemm_rate']:4.0%})  "
+                f"peak +{row['peak_mib_above_inputs']:5.0f} MiB (process {row['peak_mib']:5.0f})",
+                flush=True,
+            )
+    figures = _ratios(rows)
+    for name, value in figures.items():
+        print(f"{name}: {value:.2f}")
+    if options.quick:
+        return 0
+    problems = harness.judge(figures, _limits(options.subjects))
+    content: dict[str, Any] = {"size": vars(size), "gemm_gflops": rates, "steps": rows, "figures": figures}
+    path = harness.write_results("step", content | {"below_floor": problems})
+    print(f"written: benchmarks/results/{path.name}")
+    for problem in problems:
+        print(f"below the floor: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _ratios(rows: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
+    figures = {}
+    for subject, providers in rows.items():
+        peer = providers["peer-fp32"]
+        for name, row in providers.items():
+            if name != "peer-fp32":
+                label = f"{subject}_{name.removeprefix('ours-').replace('-', '_')}"
+                figures[f"{label}_speed"] = row["tokens_per_second"] / peer["tokens_per_second"]
+                figures[f"{label}_memory"] = row["peak_mib_above_inputs"] / peer["peak_mib_above_inputs"]
+    return figures
+
+
+def _limits(subjects: list[str]) -> dict[str, dict[str, float]]:
+    return {name: limit for name, limit in harness.floors("step").items() if name.split("_")[0] in subjects}
+
+
+def _architecture(size: Size, *, cmlm: bool = False) -> Architecture:
+    own: dict[str, Any] = {}
+    if cmlm:
+        own = {"norm_epsilon": 1e-12, "positions": "learned", "activation": "gelu", "scale_embedding": False}
+        own |= {"init": "normal", "tie": "none"}
+    return Architecture(
+        width=size.width,
+        ffn_width=size.ffn_width,
+        heads=size.heads,
+        encoder_layers=size.layers,
+        decoder_layers=size.layers,
+        max_positions=size.positions,
+        dropout=0.1,
+        **own,
+    )
+
+
+def _ids(lengths: Tensor, size: Size) -> Tensor:
+    ids = torch.randint(NUM_SPECIAL, size.vocabulary, (len(lengths), int(lengths.max())))
+    slots = torch.arange(ids.shape[1])
+    ids[slots >= lengths[:, None]] = PAD
+    return ids.scatter_(1, lengths[:, None] - 1, EOS)
+
+
+def _masks(batch: Batch) -> Tensor:
+    """The same masks for every provider."""
+    state = torch.get_rng_state()
+    torch.manual_seed(11)
+    masks = draw_masks(batch.target != PAD)
+    torch.set_rng_state(state)
+    return masks
+
+
+def _bind(step: Step, batch: Batch) -> Callable[[], None]:
+    return lambda: step.run(batch)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
