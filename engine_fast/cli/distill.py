@@ -58,7 +58,6 @@ def distill(
 def _place_among_processes() -> tuple[int, int]:
     rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
-        raise ConfigError(
-            f"RANK = {rank!r} and WORLD_SIZE = {world_size!r}, expected 0 <= RANK < WORLD_SIZE. Unset both."
-        )
+        got = f"RANK = {rank!r} and WORLD_SIZE = {world_size!r}"
+        raise ConfigError(f"{got}, expected 0 <= RANK < WORLD_SIZE. Start with a launcher, or unset both.")
     return int(rank), int(world_size)

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -242,13 +243,13 @@ def _one_line(text: str) -> str:
 @contextmanager
 def _replacing(path: Path, mode: str) -> Iterator[Any]:
     """A file that takes its name only when it is whole and on disk."""
-    fresh = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    fresh = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")  # ranks may sit on several hosts
     try:
         with writing(path), open(fresh, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(fresh, path)
+            os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
 

@@ -60,7 +60,7 @@ class DecodeSettings:
 
 @dataclass(slots=True)
 class TranslateReport:
-    """What became of the lines so far."""
+    """What became of the lines of the last stream, so far."""
 
     num_lines: int = 0
     num_empty: int = 0
@@ -116,14 +116,14 @@ class Translator:
         reader = iter(lines)
         known = None if lengths is None else iter(lengths)
         decode = self.loaded.target_vocabulary.decode
-        before = self.report.num_truncated
+        self.report = TranslateReport()
         try:
             while window := list(islice(reader, self.settings.window)):
                 sizes = None if known is None else list(islice(known, len(window)))
                 for found in self._search_window(window, sizes):
                     yield [(decode(h.tokens).replace("\n", " "), h) for h in found]
         finally:
-            if self.report.num_truncated > before:
+            if self.report.num_truncated:
                 warnings.warn(
                     f"{self.report.num_truncated} of {self.report.num_lines} sources, the first in line "
                     f"{self.report.first_truncated}, were longer than {self.max_positions} tokens and were truncated. "
@@ -150,6 +150,12 @@ class Translator:
         """
         if lengths is not None and len(lengths) != len(sources):
             raise DataError(f"{len(lengths)} target lengths for {len(sources)} sources. Give one length per source.")
+        self.report = TranslateReport()
+        return self._search(sources, lengths, advance)
+
+    def _search(
+        self, sources: Sequence[Ids], lengths: Sequence[int] | None, advance: Callable[[int], None] | None = None
+    ) -> list[list[Hypothesis]]:
         limit = self.max_positions
         first = self.report.num_lines + 1
         rows: list[list[int]] = []
@@ -179,7 +185,7 @@ class Translator:
             done = self.report.num_lines + len(sizes)
             raise DataError(f"target lengths end after line {done}, the input goes on. Give one length per line.")
         encoded = self.loaded.source_vocabulary.encode_batch(window)
-        return self.search([[*ids, EOS] for ids in encoded], lengths=sizes)
+        return self._search([[*ids, EOS] for ids in encoded], sizes)
 
     def _search_batch(self, rows: list[list[int]], sizes: list[int] | None) -> list[list[Hypothesis]]:
         model, settings = self.loaded.model, self.settings

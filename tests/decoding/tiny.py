@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from engine_fast.config import Architecture
 from engine_fast.data.symbols import PAD
-from engine_fast.models import CMLM, Transformer
+from engine_fast.data.vocabulary import DictionaryVocabulary
+from engine_fast.models import CMLM, LoadedModel, Transformer, save_model
 
 SHAPE = {"width": 16, "ffn_width": 32, "heads": 2, "encoder_layers": 2, "decoder_layers": 2, "max_positions": 24}
 
@@ -36,3 +39,21 @@ def make_student(size: int = 12, seed: int = 0) -> CMLM:
 def pad(sentences: list[list[int]]) -> Tensor:
     width = max(map(len, sentences))
     return torch.tensor([row + [PAD] * (width - len(row)) for row in sentences])
+
+
+WORDS = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+
+
+def make_vocabulary() -> DictionaryVocabulary:
+    return DictionaryVocabulary(WORDS)
+
+
+def load_tiny(model: Transformer | CMLM) -> LoadedModel:
+    vocabulary = make_vocabulary()
+    return LoadedModel(model, vocabulary, vocabulary, {})
+
+
+def save_tiny(directory: Path, model: Transformer | CMLM) -> Path:
+    vocabulary = make_vocabulary()
+    save_model(directory, model.float(), vocabulary, vocabulary)
+    return directory
