@@ -91,7 +91,11 @@ class DataConfig(Section):
     shard_sentences: PositiveInt = 200_000
     """Sentences per memory-mapped shard."""
     workers: NonNegativeInt = 0
-    """Processes that encode; 0 = one per core."""
+    """Threads that encode; 0 = one per core."""
+    sha256: dict[str, str] = {}
+    """Checksums of downloaded archives for which the catalog knows none: archive name -> sha256 in hex."""
+    allow_unverified: bool = False
+    """Take a downloaded archive whose checksum nobody stated."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> DataConfig:

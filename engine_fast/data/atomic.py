@@ -1,0 +1,124 @@
+"""A directory that appears whole or not at all.
+
+Everything is written to a hidden sibling, flushed, and renamed at the end. The sibling holds a file lock while its
+writer lives, so that what a killed run left behind is told from what another run is writing, and removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engine_fast.errors import DataError
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def new_directory(final: Path, *, marker: str) -> Iterator[Path]:
+    """Yield a temporary directory; when the block ends without an exception it stands at `final`.
+
+    A `final` that holds `marker` is an older product of ours and is replaced; an empty one is filled.
+    Raises DataError: `final` holds something else, or the disk is full or read-only. An exception leaves nothing.
+    """
+    if final.exists() and not (final / marker).exists() and (not final.is_dir() or any(final.iterdir())):
+        raise DataError(f"{final}: exists, and was not written by this command. Choose another directory.")
+    with writing(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{final.name}.partial-"
+        _remove_abandoned(final.parent, prefix)
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
+    lock = None
+    try:
+        with writing(final):
+            temporary.chmod(0o777 & ~_umask())
+            lock = os.open(temporary / _LOCK, os.O_CREAT | os.O_RDWR)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield temporary
+            (temporary / _LOCK).unlink()
+            sync_tree(temporary)
+            _move_in(temporary, final, marker)
+    finally:
+        if lock is not None:
+            os.close(lock)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError of writing into a DataError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or path
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            hint = "Free some space or choose another directory; nothing half-written was left."
+        else:
+            hint = "Choose a directory that you may write to."
+        raise DataError(f"{place}: cannot be written ({error.strerror or error}). {hint}") from error
+
+
+def sync_tree(directory: Path) -> None:
+    """Flush the entries of a directory and of those below it; files are flushed by whoever writes them."""
+    for folder, _, _ in os.walk(directory):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a new file and flush it."""
+    with path.open("xb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes. Raises DataError when it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
+
+
+def _move_in(temporary: Path, final: Path, marker: str) -> None:
+    replaced = None
+    if (final / marker).exists():
+        # A kill between the two renames leaves no `final`, never half of one; the next run writes it again.
+        replaced = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
+        os.rename(final, replaced / "replaced")
+    os.rename(temporary, final)
+    sync_tree(final.parent) if replaced is None else shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    for folder in parent.glob(prefix + "*"):
+        try:
+            descriptor = os.open(folder / _LOCK, os.O_RDWR)
+        except FileNotFoundError:
+            shutil.rmtree(folder, ignore_errors=True)
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            pass  # its writer is alive
+        finally:
+            os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
