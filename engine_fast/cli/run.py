@@ -18,10 +18,11 @@ def run(
     """Prepare, train teacher, distil, train CMLM and ENGINE, evaluate, report: each stage once, resumable."""
     from engine_fast.cli.output import say, show
     from engine_fast.config import dump_config, load_config
-    from engine_fast.recipes.run import run as run_recipe
 
     settings = load_config(config, overrides or [])
     say(dump_config(settings))
+    from engine_fast.recipes.run import run as run_recipe  # torch and more: after the mistakes that need none
+
     results = run_recipe(settings, out, say=say)
     if results is not None:
         show(results, out)

@@ -95,7 +95,8 @@ def _system_warnings(results: dict[str, Any]) -> list[str]:
             f"{cmlm['bleu']:.2f}): here low energy is not good translation."
         )
     reference = results["references"]["energy"]
-    below = list(dict.fromkeys(row["system"] for row in systems if row["energy"] < reference))
+    students = (row for row in systems if row["iterations"] is not None)  # a teacher's own output is always likely
+    below = list(dict.fromkeys(row["system"] for row in students if row["energy"] < reference))
     if below:
         lines.append(
             f"These have less energy than the references' {reference:.1f} nats a sentence: {', '.join(below)}. That "

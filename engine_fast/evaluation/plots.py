@@ -91,7 +91,7 @@ def training_figure(stage: str, metrics: Metrics) -> str:
     panels = [(title, lines) for title, lines in panels if any(points for _, points, _, _ in lines)]
     if not panels:
         return ""
-    figure, axes = _panels(len(panels), width=3.4 * len(panels), height=2.6)
+    figure, axes = _panels(len(panels), columns=3, width=10.2, height=2.6)
     for axis, (title, lines) in zip(axes, panels, strict=True):
         for label, points, line_color, style in lines:
             if points:
@@ -144,9 +144,9 @@ def _curve(lines: Metrics, key: str) -> list[tuple[float, float]]:
     return [(line["update"], line[key]) for line in lines if line.get(key) is not None]
 
 
-def _panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, *, columns: int = 1, width: float, height: float) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = [figure.add_subplot(1, count, number + 1) for number in range(count)]
+    axes = [figure.add_subplot(1, columns, number + 1) for number in range(count)]
     for axis in axes:
         axis.set_facecolor("none")
         axis.grid(visible=True, color=PALETTE["faint"], alpha=0.25, linewidth=0.6)

@@ -50,8 +50,7 @@ def write_report(run: Path, path: Path) -> None:
         curves=[(stage, Markup(svg)) for stage in STAGES if (svg := training_figure(stage, metrics[stage]))],
         lengths=Markup(length_figure(results["lengths"], shown)),
         examples=_examples(run / "evaluate" / "outputs", shown),
-        settings=[(section, _flatten(tree)) for section, tree in _sections(results["config"])],
-        format_cell=format_cell,
+        settings=[(title, _flatten(tree)) for title, tree in _sections(results)],
     )
     write_atomic(path, page)
 
@@ -129,9 +128,15 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
-def _sections(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _sections(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    config = results["config"]
     plain = {key: value for key, value in config.items() if not isinstance(value, dict)}
-    return [("run", plain), *((key, value) for key, value in config.items() if isinstance(value, dict) and value)]
+    others = ("versions", "machine", "seconds", "hashes", "corpus")
+    return [
+        ("run", plain),
+        *((key, value) for key, value in config.items() if isinstance(value, dict) and value),
+        *((key, results[key]) for key in others),
+    ]
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

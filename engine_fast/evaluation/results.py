@@ -81,7 +81,7 @@ def results_table(results: dict[str, Any]) -> Table:
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("system", "system", ""),
     ("passes", "iterations", "d"),
-    ("lengths", "length_beam", "d"),
+    ("beam", "length_beam", "d"),
     ("BLEU", "bleu", ".2f"),
     ("+-", "bleu_interval", ".2f"),
     ("p", "p_value", ".3f"),
@@ -89,10 +89,10 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("energy", "energy", ".2f"),
     ("valid", "valid", ".1%"),
     ("repeated", "repetition", ".2%"),
-    ("length ratio", "length_ratio", ".3f"),
-    ("right length", "length_accuracy", ".1%"),
+    ("length", "length_ratio", ".3f"),
+    ("right", "length_accuracy", ".1%"),
     ("sentences/s", "sentences_per_second", ".1f"),
-    ("batch 1, ms", "latency_ms", ".1f"),
+    ("ms alone", "latency_ms", ".1f"),
 )
 
 
