@@ -80,7 +80,7 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
     model = ("model/**/*",)  # not metrics.jsonl: it holds times, which must not make a later stage run again
     cmlm_upstream = ["prepare"] + ["distill"] * ("cmlm" in distilled) + ["teacher"] * config.cmlm.from_teacher
     engine_upstream = ["prepare", "teacher", "cmlm"] + ["distill"] * ("engine" in distilled)
-    prepare_inputs = {**seed, "data": _section(config.data, {"workers", "root"}), "files": _text_files(config.data),
+    prepare_inputs = {**seed, "data": _section(config.data, {"workers", "root", "allow_unverified"}), "files": _text_files(config.data),
                       "formats": [report.VERSION, shards.VERSION]}  # fmt: skip
     stages = [
         Stage("prepare", (), prepare_inputs, ("data/**/*",),
