@@ -43,7 +43,9 @@ def translate(
         Path | None, typer.Option(help="Student: reference translations whose lengths are used, one a line.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Source tokens, times the beam, per batch.")] = 8192,
-    window: Annotated[int, typer.Option(min=1, help="Lines read before the first is written.")] = 4096,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Lines read before the first is written. [4096; 1 on a terminal]")
+    ] = None,
     too_long: Annotated[
         Literal["truncate", "refuse"], typer.Option(help="For lines beyond the model's positions.")
     ] = "truncate",
@@ -74,7 +76,7 @@ def translate(
         length_penalty=1.0 if length_penalty is None else length_penalty,
         n_best=n_best,
         max_tokens=max_tokens,
-        window=window,
+        window=window or (1 if sys.stdin.isatty() else 4096),
         max_positions=positions,
         too_long=too_long,
     )

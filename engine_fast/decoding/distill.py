@@ -101,13 +101,16 @@ def distill(
     teacher = LoadedModel(model, loaded.source_vocabulary, loaded.target_vocabulary, loaded.card)
     own = [number for number in range(len(paths)) if number % world_size == rank]
     others = [number for number in reversed(range(len(paths))) if number % world_size != rank]
-    done = sum(min(config.chunk_sentences, len(corpus) - starts[n]) for n, path in enumerate(paths) if path.exists())
-    with _progress(len(corpus), done, show_progress and rank == 0) as advance:
+    sizes = [min(config.chunk_sentences, len(corpus) - start) for start in starts]
+    ready = {number for number, path in enumerate(paths) if path.exists()}
+    with _progress(len(corpus), sum(sizes[n] for n in ready), show_progress and rank == 0) as advance:
         for number in own + others:
-            if paths[number].exists() or _finished(directory, key):
+            if number in ready:
                 continue
-            stop = min(starts[number] + config.chunk_sentences, len(corpus))
-            sources = [corpus.source(i) for i in range(starts[number], stop)]
+            if paths[number].exists() or _finished(directory, key):
+                advance(sizes[number])  # another rank's work since the start
+                continue
+            sources = [corpus.source(starts[number] + i) for i in range(sizes[number])]
             chunk = _search(Translator(teacher, settings), sources, advance)
             try:
                 _write_chunk(paths[number], chunk)
