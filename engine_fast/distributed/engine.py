@@ -1,0 +1,192 @@
+"""One optimiser update at a time on the DeepSpeed engine, whatever the stage, precision and number of ranks."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from engine_fast.config import OptimConfig, TrainConfig
+from engine_fast.distributed.runtime import World
+from engine_fast.distributed.settings import deepspeed_config
+from engine_fast.errors import CheckpointError, ConfigError
+
+
+class Costed(Protocol):
+    """What an objective returns: the sum to minimise, and detached float32 sums to report."""
+
+    @property
+    def total(self) -> Tensor: ...
+    @property
+    def stats(self) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What became of an update."""
+
+    grad_norm: float
+    """Global norm before clipping; not finite if the gradient is not."""
+    applied: bool
+    """False: a gradient was not finite and the weights are as before. With fp16 the loss scale has been lowered."""
+
+
+class _Plain(nn.Module):
+    """DeepSpeed finds the outputs it must watch in tuples and dictionaries, not in our Loss."""
+
+    def __init__(self, objective: nn.Module) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = self.objective(batch)
+        return loss.total, loss.stats
+
+
+class Engine:
+    """Gradients are sums over micro-batches and ranks, divided by the global number of target tokens.
+
+    A gradient that is not finite is never applied. `trained` is the part of `objective` that has parameters.
+    """
+
+    def __init__(
+        self, objective: nn.Module, trained: nn.Module, config: TrainConfig, *, extra: dict[str, Any], world: World
+    ) -> None:
+        if config.precision == "fp16" and world.device.type == "cpu":
+            raise ConfigError("precision = 'fp16', expected bf16 or fp32 on a CPU. Set precision to bf16.")
+        self.world, self.trained, self.stage = world, trained, config.effective_zero_stage
+        self.num_parameters = sum(parameter.numel() for parameter in trained.parameters())
+        # A copy that stays whole: the live weights are sharded (stage 3) or not the ones to be judged (EMA).
+        self._shadow = copy.deepcopy(trained) if self.stage == 3 or config.ema_decay else None
+        settings = deepspeed_config(config, extra)
+        parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import deepspeed
+
+            try:
+                self._engine, *_ = deepspeed.initialize(
+                    model=_Plain(objective),
+                    model_parameters=parameters,
+                    optimizer=_optimizer(parameters, config.optim),
+                    config=settings,
+                    dist_init_required=False,
+                )
+            except (AssertionError, ValueError) as error:
+                raise ConfigError(f"DeepSpeed refuses the settings: {error} See the deepspeed: section.") from error
+        self._dtype = next(trained.parameters()).dtype
+        self._norm, self._clip_norm = math.nan, config.optim.clip_norm
+        if self.stage == 0:
+            if world.size == 1:
+                self._engine.enable_backward_allreduce = False  # it would only copy every gradient twice
+            self._engine.optimizer.register_step_pre_hook(self._clip)
+
+    def train(self) -> None:
+        self._engine.train()
+
+    def eval(self) -> None:
+        self._engine.eval()
+
+    def backward(self, batch: Any, *, num_target_tokens: int, weight: float = 1.0) -> dict[str, Tensor]:
+        """Add the gradients of weight * total / num_target_tokens; returns the objective's sums.
+
+        `num_target_tokens` counts the whole update: every micro-batch of every rank.
+        """
+        total, stats = self._engine(batch)
+        # DeepSpeed averages over ranks, hence the factor.
+        self._engine.backward(total * (weight * self.world.size / num_target_tokens), scale_wrt_gas=False)
+        return cast(dict[str, Tensor], stats)
+
+    def step(self, lr: float) -> StepResult:
+        """Reduce, clip and apply the gradients added since the last step."""
+        optimizer = self._engine.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        if self.stage:
+            self._norm = float(self._engine.get_global_grad_norm())
+        return StepResult(self._norm, math.isfinite(self._norm) and not getattr(optimizer, "overflow", False))
+
+    @property
+    def loss_scale(self) -> float:
+        """1 but for fp16."""
+        return float(getattr(self._engine.optimizer, "cur_scale", 1.0) or 1.0)
+
+    def shards(self) -> list[Tensor]:
+        """This rank's float32 master weights; writing to them is followed by `publish`."""
+        optimizer = self._engine.optimizer
+        if self.stage == 0:
+            return [parameter.data for group in optimizer.param_groups for parameter in group["params"]]
+        if self.stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        flat = getattr(optimizer, "single_partition_of_fp32_groups", None)
+        if flat is None:
+            flat = optimizer.fp32_groups_flat_partition
+        return [tensor.data for tensor in flat]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every trained tensor once, whole, float32, on the CPU. Collective: all ranks call it."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        result = {}
+        for name, parameter in self.trained.named_parameters():
+            whole = parameter.data if self.stage == 0 else safe_get_full_fp32_param(parameter)
+            result[name] = whole.detach().to("cpu", torch.float32, copy=True)
+        return result
+
+    @contextmanager
+    def showing(self, weights: dict[str, Tensor] | None) -> Iterator[nn.Module]:
+        """The trained module in eval mode, whole on every rank, with its own weights or (EMA only) these."""
+        if self._shadow is None:
+            self.eval()
+            try:
+                yield self.trained
+            finally:
+                self.train()
+            return
+        model = self._shadow.to(self.world.device, self._dtype).eval()
+        weights = self.weights() if weights is None else weights
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+        yield model
+
+    def save(self, directory: Path) -> None:
+        """Write DeepSpeed's own files: optimiser state and weights of every rank, for `load`."""
+        self._engine.save_checkpoint(str(directory), tag="deepspeed", save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """Continue from `save`. Raises CheckpointError if DeepSpeed cannot read it."""
+        try:
+            path, _ = self._engine.load_checkpoint(str(directory), tag="deepspeed")
+        except (OSError, RuntimeError, KeyError, ValueError, AssertionError, EOFError) as error:
+            raise CheckpointError(f"{directory}: DeepSpeed cannot load it ({error}).") from error
+        if path is None:
+            raise CheckpointError(f"{directory}: holds no DeepSpeed state. Start in another directory.")
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Stage 0 only, between reduction and update: norm, clipping, and no update at all if it is not finite."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        self._norm = norm.item()
+        if not math.isfinite(self._norm):
+            for parameter in parameters:
+                parameter.grad = None  # Adam leaves a parameter without a gradient alone
+        elif self._clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+
+
+def _optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(
+        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )

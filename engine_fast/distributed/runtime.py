@@ -1,0 +1,146 @@
+"""Start the process group, also for one process without a launcher, and the few collectives the trainer needs."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine_fast.config import RuntimeConfig
+from engine_fast.errors import ConfigError, EngineFastError
+
+T = TypeVar("T")
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among its peers. With one process every collective returns at once."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is true on one."""
+        if self.size == 1:
+            return flag
+        return bool(self.all_reduce_sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's picklable value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Rank 0's result on every rank; if it raises an EngineFastError, so do they all."""
+        outcome: tuple[T | None, EngineFastError | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = action(), None
+            except EngineFastError as error:
+                if self.size == 1:
+                    raise
+                outcome = None, error
+        value, failure = self.broadcast(outcome)
+        if failure is not None:
+            raise failure
+        return cast(T, value)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's picklable value, in the order of ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+
+def start(config: RuntimeConfig) -> World:
+    """Join the process group that the launcher describes, or make one of a single process.
+
+    Understands the environment of `deepspeed`, torchrun and of nothing at all. Safe to call again.
+    Raises ConfigError: cuda asked for but absent, or an incomplete launcher environment.
+    """
+    device = _device(config)
+    given = [name for name in _LAUNCHER if name in os.environ]
+    if given and "RANK" in given and len(given) < len(_LAUNCHER):
+        missing = ", ".join(name for name in _LAUNCHER if name not in given)
+        raise ConfigError(f"the launcher set RANK but not {missing}. Start with `deepspeed` or torchrun, or with neither.")
+    if "RANK" not in given:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    _set_threads(config)
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read once, when deepspeed is imported
+    else:
+        torch.cuda.set_device(device)
+    _init_deepspeed()
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _device(config: RuntimeConfig) -> torch.device:
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("runtime.device = 'cuda', but this torch sees no GPU. Use auto or cpu, or see `engine-fast doctor`.")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _set_threads(config: RuntimeConfig) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        if local > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // local))
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _init_deepspeed() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # The shared-memory all-reduce would be compiled now, for two minutes, without a word.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    # Only a lone process leaves politely: a peer that has died would never answer.
+    if dist.is_initialized() and dist.get_world_size() == 1:
+        dist.destroy_process_group()

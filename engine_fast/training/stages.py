@@ -1,0 +1,295 @@
+"""The three trained stages: what is trained, on what, against what; the loop is the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine_fast.config import Architecture, RunConfig, TrainConfig
+from engine_fast.data.corpus import ParallelCorpus
+from engine_fast.data.prepared import Prepared
+from engine_fast.data.shards import MANIFEST
+from engine_fast.decoding import greedy, mask_predict
+from engine_fast.distributed import Engine, World, start
+from engine_fast.errors import CheckpointError, VocabularyError, require
+from engine_fast.models import CMLM, Transformer, load_model, save_model
+from engine_fast.models.store import LoadedModel
+from engine_fast.training.feeding import Feeder, Subset, fitting
+from engine_fast.training.interrupt import catching_signals
+from engine_fast.training.loop import StageName, Trainer
+from engine_fast.training.objectives import CMLMObjective, EngineObjective, TeacherObjective
+from engine_fast.training.run_directory import RunDirectory
+from engine_fast.training.seeding import derive, seed_torch
+from engine_fast.training.validation import BleuSet, Decode, Validator
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DROPOUTS = {"dropout", "attention_dropout", "activation_dropout"}
+
+
+def train_teacher(config: RunConfig, prepared: Prepared, directory: Path) -> None:
+    """Train the autoregressive teacher on the references; leaves directory/model.
+
+    This and the other two: a directory that holds the finished stage is left alone, one that holds a part of it is
+    continued. Raises Interrupted after a signal (state saved), DivergenceError, ConfigError, CheckpointError,
+    VocabularyError, DataError.
+    """
+
+    def build(world: World) -> tuple[Transformer, Callable[[nn.Module], nn.Module]]:
+        model = _fresh(Transformer, config.teacher.architecture, config, "teacher", prepared)
+        return model, lambda module: TeacherObjective(cast(Transformer, module), config.teacher)
+
+    def decode(model: nn.Module, source_BS: Tensor) -> list[list[int]]:
+        return [hypothesis.tokens for hypothesis in greedy(cast(Transformer, model), source_BS)]
+
+    corpora = prepared.split("train"), prepared.split("valid")
+    _Job("teacher", config, config.teacher, prepared, corpora, build, decode, models={}).run(directory)
+
+
+def train_cmlm(
+    config: RunConfig,
+    prepared: Prepared,
+    corpus: ParallelCorpus,
+    directory: Path,
+    *,
+    valid_corpus: ParallelCorpus,
+    teacher_dir: Path | None = None,
+) -> None:
+    """Train the CMLM baseline on `corpus` (distilled or references); leaves directory/model.
+
+    teacher_dir: model directory, or the stage directory around one; needed only by cmlm.from_teacher.
+    """
+    require(
+        teacher_dir is not None or not config.cmlm.from_teacher,
+        "cmlm.from_teacher", True, "false when there is no teacher", "Give the teacher's directory.",
+    )  # fmt: skip
+    models = {"teacher": teacher_dir} if teacher_dir is not None and config.cmlm.from_teacher else {}
+
+    def build(world: World) -> tuple[CMLM, Callable[[nn.Module], nn.Module]]:
+        model = _fresh(CMLM, config.cmlm.architecture, config, "cmlm", prepared)
+        if "teacher" in models:
+            _copy_weights(_load(models["teacher"], "transformer", prepared).model, model)
+        return model, lambda module: CMLMObjective(cast(CMLM, module), config.cmlm)
+
+    _Job("cmlm", config, config.cmlm, prepared, (corpus, valid_corpus), build, _one_pass, models=models).run(directory)
+
+
+def train_engine(
+    config: RunConfig,
+    prepared: Prepared,
+    corpus: ParallelCorpus,
+    directory: Path,
+    *,
+    valid_corpus: ParallelCorpus,
+    teacher_dir: Path,
+    cmlm_dir: Path,
+) -> None:
+    """Train the student from the CMLM's weights on the frozen teacher's energy; leaves directory/model.
+
+    teacher_dir, cmlm_dir: model directories, or the stage directories around them. The student has the CMLM's
+    architecture; engine.architecture, if given, sets its dropout and must otherwise agree.
+    """
+
+    def build(world: World) -> tuple[CMLM, Callable[[nn.Module], nn.Module]]:
+        student = _student(cast(CMLM, _load(cmlm_dir, "cmlm", prepared).model), config)
+        precision = config.engine.teacher_precision or config.engine.precision
+        require(
+            precision != "fp16" or world.device.type == "cuda",
+            "engine.teacher_precision", precision, "bf16 or fp32 on a CPU",
+        )  # fmt: skip
+        teacher = cast(Transformer, _load(teacher_dir, "transformer", prepared).model)
+        teacher.to(world.device, _DTYPES[precision]).requires_grad_(False)
+        teacher.train(config.engine.teacher_dropout)
+        teacher.activation_checkpointing = config.engine.teacher_checkpointing
+        return student, lambda module: EngineObjective(cast(CMLM, module), teacher, config.engine)
+
+    models = {"teacher": teacher_dir, "cmlm": cmlm_dir}
+    _Job("engine", config, config.engine, prepared, (corpus, valid_corpus), build, _one_pass, models=models).run(directory)
+
+
+@dataclass
+class _Job:
+    """A stage with everything that differs from the others."""
+
+    stage: StageName
+    config: RunConfig
+    settings: TrainConfig
+    prepared: Prepared
+    corpora: tuple[ParallelCorpus, ParallelCorpus]
+    build: Callable[[World], tuple[Transformer | CMLM, Callable[[nn.Module], nn.Module]]]
+    decode: Decode
+    models: dict[str, Path]
+    """Model directories it starts from."""
+
+    def run(self, directory: Path) -> None:
+        self._check()
+        place = RunDirectory(directory, self.stage)
+        inputs = self._inputs()
+        if place.is_finished(self.settings, seed=self.config.seed, inputs=inputs):
+            return
+        world = start(self.config.runtime)
+        changes = world.on_main(
+            lambda: place.begin(self.config, self.settings, inputs=inputs, world_size=world.size)
+        )
+        with catching_signals() as stop:
+            model, objective_of = self.build(world)
+            model.activation_checkpointing = self.settings.activation_checkpointing
+            limits = model.architecture
+            corpus, num_dropped = self._fitting(self.corpora[0], "training corpus", limits)
+            valid, num_invalid = self._fitting(self.corpora[1], "dev set", limits)
+            engine = Engine(objective_of(model), model, self.settings, extra=self.config.deepspeed, world=world)
+            trainer = Trainer(
+                self.stage, self.settings, self.config, directory, engine=engine, world=world, stop=stop,
+                feeder=Feeder(corpus, self.settings.batch, seed=derive(self.config.seed, self.stage), world=world),
+                validator=Validator(
+                    valid, objective_of, max_tokens=self.settings.batch.max_tokens, bleu=self._bleu_set(limits),
+                    seed=self.config.seed, world=world, stopping=lambda: bool(stop),
+                ),
+            )  # fmt: skip
+            for count, what in ((num_dropped, "training pairs"), (num_invalid, "dev pairs")):
+                if count:
+                    trainer.say(f"{count} {what} are longer than max_positions = {limits.max_positions} and left out")
+            for change in changes:
+                trainer.say(f"changed since the last start: {change}")
+            weights = trainer.train()
+            world.on_main(lambda: self._export(directory, place, trainer, type(model), limits, weights))
+
+    def _check(self) -> None:
+        """What can be wrong before any work: names every setting that cannot be met."""
+        metric, stop_key = self.settings.early_stop.metric, f"{self.stage}.early_stop.metric"
+        known = ["loss", "bleu", "energy", "relaxed_energy"] if self.stage == "engine" else ["loss", "bleu"]
+        hint = "Only the engine stage measures energies." if metric not in known else ""
+        require(metric in known, stop_key, metric, " or ".join(known), hint)
+        require(
+            metric != "bleu" or self.settings.valid_bleu_sentences > 0,
+            stop_key, metric, "another metric when valid_bleu_sentences = 0",
+        )  # fmt: skip
+        for corpus in self.corpora:
+            corpus.require_vocabularies(
+                self.prepared.source_vocabulary.fingerprint, self.prepared.target_vocabulary.fingerprint
+            )
+
+    def _inputs(self) -> dict[str, str]:
+        inputs = {
+            "source vocabulary": self.prepared.source_vocabulary.fingerprint,
+            "target vocabulary": self.prepared.target_vocabulary.fingerprint,
+            "training corpus": _hash_file(self.corpora[0].directory / MANIFEST),
+            "dev set": _hash_file(self.corpora[1].directory / MANIFEST),
+        }
+        for name, path in self.models.items():
+            inputs[f"{name} model"] = _hash_file(_model_directory(path) / "model.safetensors")
+        return inputs
+
+    def _fitting(self, corpus: ParallelCorpus, what: str, limits: Architecture) -> Any:
+        return fitting(corpus, limits, what=what, has_length_classes=self.stage != "teacher")
+
+    def _bleu_set(self, limits: Architecture) -> BleuSet | None:
+        count = min(self.settings.valid_bleu_sentences, len(self.corpora[1]))
+        if not count:
+            return None
+        return BleuSet(
+            Subset(self.corpora[1], np.arange(count, dtype=np.int64)),
+            [stream[:count] for stream in self.prepared.references("valid")],
+            self.prepared.target_vocabulary,
+            self.decode,
+            limits.max_positions,
+            "none" if self.config.data.pretokenised else "13a",
+        )
+
+    def _export(
+        self,
+        directory: Path,
+        place: RunDirectory,
+        trainer: Trainer,
+        kind: type[Transformer] | type[CMLM],
+        architecture: Architecture,
+        weights: dict[str, Tensor],
+    ) -> None:
+        vocabularies = self.prepared.source_vocabulary, self.prepared.target_vocabulary
+        model = kind(architecture, len(vocabularies[0]), len(vocabularies[1]))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+        progress = trainer.progress
+        card = {
+            "stage": self.stage,
+            "seed": self.config.seed,
+            "updates": progress.update,
+            "best_update": progress.best_update,
+            self.settings.early_stop.metric: progress.best_score,
+            "settings": self.settings.model_dump(mode="json"),
+        }
+        save_model(directory / "model", model, *vocabularies, card=card)
+        place.finish(updates=progress.update, best_update=progress.best_update, seconds=progress.seconds)
+
+
+def _fresh(
+    kind: Any, architecture: Architecture, config: RunConfig, stage: str, prepared: Prepared
+) -> Any:
+    seed_torch(config.seed, stage, "init")
+    return kind(architecture, len(prepared.source_vocabulary), len(prepared.target_vocabulary))
+
+
+def _one_pass(model: nn.Module, source_BS: Tensor) -> list[list[int]]:
+    return [hypothesis.tokens for hypothesis in mask_predict(cast(CMLM, model), source_BS)]
+
+
+def _model_directory(path: Path) -> Path:
+    return path / "model" if (path / "model" / "config.json").is_file() else path
+
+
+def _load(path: Path, kind: str, prepared: Prepared) -> LoadedModel:
+    """A model of `kind` whose vocabularies are the corpus's. Raises CheckpointError, VocabularyError."""
+    directory = _model_directory(path)
+    loaded = load_model(directory, kind=kind, dtype=torch.float32)
+    for side, own, wanted in (
+        ("source", loaded.source_vocabulary, prepared.source_vocabulary),
+        ("target", loaded.target_vocabulary, prepared.target_vocabulary),
+    ):
+        if own.fingerprint != wanted.fingerprint:
+            raise VocabularyError(
+                f"{directory}: its {side} vocabulary is {own.fingerprint[:12]}, the corpus was prepared with "
+                f"{wanted.fingerprint[:12]}. Use a model and data of one run."
+            )
+    return loaded
+
+
+def _student(cmlm: CMLM, config: RunConfig) -> CMLM:
+    """The CMLM with engine.architecture's dropout."""
+    architecture = cmlm.architecture
+    if "architecture" in config.engine.model_fields_set:
+        asked = config.engine.architecture
+        for name in asked.model_fields_set - _DROPOUTS:
+            require(
+                getattr(asked, name) == getattr(architecture, name),
+                f"engine.architecture.{name}", getattr(asked, name), f"the CMLM's, {getattr(architecture, name)!r}",
+                "The student starts from the CMLM; only its dropout can differ.",
+            )  # fmt: skip
+        given = asked.model_fields_set & _DROPOUTS
+        architecture = architecture.model_copy(update={name: getattr(asked, name) for name in given})
+    student = CMLM(architecture, cmlm.source_size, cmlm.target_size)
+    student.load_state_dict(cmlm.state_dict())
+    return student
+
+
+def _copy_weights(teacher: nn.Module, student: nn.Module) -> None:
+    """Every tensor whose name and shape agree."""
+    own = dict(student.named_parameters())
+    with torch.no_grad():
+        for name, tensor in teacher.named_parameters():
+            if name in own and own[name].shape == tensor.shape:
+                own[name].copy_(tensor)
+
+
+def _hash_file(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Give a directory that holds a model.") from error
