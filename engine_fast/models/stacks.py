@@ -60,7 +60,7 @@ class Stack(nn.Module):
                 f"max_positions = {self.config.max_positions}. Filter or truncate it, or train with more positions."
             )
         positions_TD: Tensor = self.positions(start, length)
-        return embedded_BTD * self.scale + positions_TD
+        return embedded_BTD * self.scale + positions_TD.to(embedded_BTD.dtype)  # DeepSpeed casts no buffers
 
     def drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.config.dropout, self.training)
