@@ -26,7 +26,7 @@ class VocabularyConfig(Section):
     joint: bool = True
     """One vocabulary for both languages (needed to tie all embeddings); otherwise one each."""
     size: PositiveInt = 10000
-    """Pieces per vocabulary, special symbols included."""
+    """Pieces per vocabulary, special symbols included (the generated corpus: at most)."""
     character_coverage: float = Field(default=1.0, gt=0.9, le=1.0)
     """Share of characters that get a piece of their own; the rest become <unk>."""
     sample: PositiveInt = 1_000_000

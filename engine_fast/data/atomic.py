@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from pathlib import Path
 from engine_fast.errors import DataError
 
 _LOCK = ".lock"
+_MOMENTS = 60.0
+"""Seconds after which a sibling without a lock is nobody's."""
 
 
 @contextmanager
@@ -28,9 +31,10 @@ def new_directory(final: Path, *, marker: str) -> Iterator[Path]:
     A `final` that holds `marker` is an older product of ours and is replaced; an empty one is filled.
     Raises DataError: `final` holds something else, or the disk is full or read-only. An exception leaves nothing.
     """
-    if final.exists() and not (final / marker).exists() and (not final.is_dir() or any(final.iterdir())):
-        raise DataError(f"{final}: exists, and was not written by this command. Choose another directory.")
+    final = final.resolve()
     with writing(final):
+        if final.exists() and not (final / marker).exists() and (not final.is_dir() or any(final.iterdir())):
+            raise DataError(f"{final}: exists, and was not written by this command. Choose another directory.")
         final.parent.mkdir(parents=True, exist_ok=True)
         prefix = f".{final.name}.partial-"
         _remove_abandoned(final.parent, prefix)
@@ -43,7 +47,7 @@ def new_directory(final: Path, *, marker: str) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield temporary
             (temporary / _LOCK).unlink()
-            sync_tree(temporary)
+            sync_directory(temporary)
             _move_in(temporary, final, marker)
     finally:
         if lock is not None:
@@ -65,14 +69,13 @@ def writing(path: Path) -> Iterator[None]:
         raise DataError(f"{place}: cannot be written ({error.strerror or error}). {hint}") from error
 
 
-def sync_tree(directory: Path) -> None:
-    """Flush the entries of a directory and of those below it; files are flushed by whoever writes them."""
-    for folder, _, _ in os.walk(directory):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def sync_directory(directory: Path) -> None:
+    """Flush a directory's entries; the files in it are flushed by whoever writes them."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -99,15 +102,18 @@ def _move_in(temporary: Path, final: Path, marker: str) -> None:
         replaced = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
         os.rename(final, replaced / "replaced")
     os.rename(temporary, final)
-    sync_tree(final.parent) if replaced is None else shutil.rmtree(replaced, ignore_errors=True)
+    sync_directory(final.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
     for folder in parent.glob(prefix + "*"):
         try:
             descriptor = os.open(folder / _LOCK, os.O_RDWR)
-        except FileNotFoundError:
-            shutil.rmtree(folder, ignore_errors=True)
+        except FileNotFoundError:  # just made, just finished, or left by a kill in those moments
+            if time.time() - folder.stat().st_mtime > _MOMENTS:
+                shutil.rmtree(folder, ignore_errors=True)
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

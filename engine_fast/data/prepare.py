@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import tempfile
 import time
 from collections import Counter
@@ -33,7 +34,7 @@ from engine_fast.data.subwords import train_sentencepiece
 from engine_fast.data.symbols import UNK
 from engine_fast.data.text import expand_path, iter_lines, iter_pairs, write_lines
 from engine_fast.data.vocabulary import SentencePieceVocabulary, Vocabulary
-from engine_fast.errors import DataError
+from engine_fast.errors import DataError, EngineFastError
 
 __all__ = ["PrepareReport", "Prepared", "prepare"]
 
@@ -59,7 +60,7 @@ def prepare(config: DataConfig, directory: Path, *, seed: int) -> PrepareReport:
     with tempfile.TemporaryDirectory(prefix="engine-fast-") as scratch:
         splits = _input_files(config, Path(scratch), seed)
         key = _key(config, splits)
-        if (directory / REPORT).exists():
+        if os.path.exists(directory / REPORT):  # false, not an error, where it may not be looked at
             report = _reusable(directory, key)
             if report is not None:
                 _LOG.info("%s: already prepared from the same input, nothing to do", directory)
@@ -104,7 +105,7 @@ def _reusable(directory: Path, key: str) -> PrepareReport | None:
         prepared = Prepared.open(directory)
         for split in report.splits:
             prepared.split(split)
-    except DataError as error:
+    except EngineFastError as error:
         _LOG.warning("%s Preparing again.", error)
         return None
     return replace(report, reused=True)

@@ -1,0 +1,54 @@
+"""new_directory: what is removed, what is left alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from engine_fast.data.atomic import new_directory
+from engine_fast.errors import DataError
+
+
+def test_appears_whole_with_ordinary_permissions(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "a" / "b", marker="done") as partial:
+        (partial / "done").touch()
+        assert not (tmp_path / "a" / "b").exists()
+    assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b", "done"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+def test_a_living_writer_keeps_its_sibling_and_a_dead_one_does_not(tmp_path: Path) -> None:
+    dead, fresh, old = (tmp_path / f".x.partial-{name}" for name in ("dead", "fresh", "old"))
+    for folder in (dead, fresh, old):
+        folder.mkdir()
+    (dead / ".lock").touch()
+    os.utime(old, (0, 0))
+    with new_directory(tmp_path / "x", marker="done") as outer:
+        (outer / "done").touch()
+        with new_directory(tmp_path / "x", marker="done") as inner:
+            assert outer.exists()
+            (inner / "done").write_text("inner")
+    assert {path.name for path in tmp_path.iterdir()} == {"x", fresh.name}
+
+
+def test_the_empty_current_directory_can_be_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with new_directory(Path("."), marker="done") as partial:
+        (partial / "done").touch()
+    assert (tmp_path / "here" / "done").exists()
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(DataError, match="was not written by this command"),
+        new_directory(tmp_path / "file", marker="done"),
+    ):
+        pass
+    with pytest.raises(DataError, match="cannot be written"), new_directory(tmp_path / "file" / "x", marker="done"):
+        pass
