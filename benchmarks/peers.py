@@ -2,7 +2,8 @@
 
 Written anew from the facts of that code: attention as explicit products, torch's dropout, the teacher's weights
 not frozen, padded rows kept through every vocabulary product, log-softmax and full distributions of every position
-held as tensors, hard choices as one-hot matrices. They read the weights of our models, so both ways compute one loss.
+held as tensors, hard choices as one-hot matrices, the CMLM's layer norm and GELU spelled out term by term. They read
+the weights of our models, so both ways compute one loss.
 
 `layers=OURS` takes our attention, dropout and stacks instead, so that what the vocabulary and the frozen teacher give
 is seen by itself.
@@ -12,13 +13,14 @@ B sentences, S source positions, T target positions, V vocabulary, D width, H he
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import EOS, MASK, PAD
@@ -112,8 +114,9 @@ def encode(model: Any, source_BS: Tensor, prefix_D: Tensor | None = None) -> tup
         mask = F.pad(mask, (1, 0), value=True)
     x = drop(model.encoder, x)
     for layer in model.encoder.layers:
-        x = layer.self_attention_norm(x + drop(model.encoder, self_attention(layer.self_attention, x, mask)))
-        x = layer.ffn_norm(x + drop(model.encoder, feed_forward(layer.ffn, x)))
+        h = self_attention(layer.self_attention, x, mask)
+        x = normalise(model, layer.self_attention_norm, x + drop(model.encoder, h))
+        x = normalise(model, layer.ffn_norm, x + drop(model.encoder, feed_forward(model, layer.ffn, x)))
     return x, mask
 
 
@@ -123,10 +126,10 @@ def decode(
     x = drop(model.decoder, place(model.decoder, embedded_BTD))
     for layer in model.decoder.layers:
         h = self_attention(layer.self_attention, x, target_mask_BT, causal=target_mask_BT is None)
-        x = layer.self_attention_norm(x + drop(model.decoder, h))
+        x = normalise(model, layer.self_attention_norm, x + drop(model.decoder, h))
         h = cross_attention(layer.cross_attention, x, memory_BSD, mask_BS)
-        x = layer.cross_attention_norm(x + drop(model.decoder, h))
-        x = layer.ffn_norm(x + drop(model.decoder, feed_forward(layer.ffn, x)))
+        x = normalise(model, layer.cross_attention_norm, x + drop(model.decoder, h))
+        x = normalise(model, layer.ffn_norm, x + drop(model.decoder, feed_forward(model, layer.ffn, x)))
     return x
 
 
@@ -143,8 +146,20 @@ def drop(stack: Stack, x: Tensor) -> Tensor:
     return F.dropout(x, stack.config.dropout, stack.training)
 
 
-def feed_forward(ffn: Any, x: Tensor) -> Tensor:
-    expanded: Tensor = ffn.activation(F.linear(x, ffn.expand.weight, ffn.expand.bias))
+def normalise(model: Any, norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    if model.kind == "transformer":
+        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).pow(2).mean(-1, keepdim=True)
+    return norm.weight * ((x - mean) / torch.sqrt(variance + norm.eps)) + norm.bias
+
+
+def feed_forward(model: Any, ffn: Any, x: Tensor) -> Tensor:
+    expanded = F.linear(x, ffn.expand.weight, ffn.expand.bias)
+    if model.kind == "transformer":
+        expanded = F.relu(expanded)
+    else:
+        expanded = expanded * 0.5 * (1.0 + torch.erf(expanded / math.sqrt(2.0)))
     return F.linear(expanded, ffn.contract.weight, ffn.contract.bias)
 
 
