@@ -90,7 +90,7 @@ def _rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "role": _role(row),
-            "cells": [(key, format_cell(row.get(key), forms[key])) for _, key in _header(results)],
+            "cells": [(key, format_cell(row, key, forms[key])) for _, key in _header(results)],
             "best": not row["oracle_length"] and row["bleu"] == best[_role(row)],
             "oracle": row["oracle_length"],
         }

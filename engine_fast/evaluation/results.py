@@ -69,7 +69,7 @@ def results_table(results: dict[str, Any]) -> Table:
     for number, row in enumerate(rows):
         group = row["system"].split("-")[0]
         following = rows[number + 1]["system"].split("-")[0] if number + 1 < len(rows) else group
-        table.add_row(*(format_cell(row.get(key), form) for _, key, form in columns), end_section=group != following)
+        table.add_row(*(format_cell(row, key, form) for _, key, form in columns), end_section=group != following)
     table.caption = (
         f"energy: nats a sentence under the teacher; references {results['references']['energy']:.2f}. "
         f"p: paired bootstrap against {results['baseline']}."
@@ -96,8 +96,11 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def format_cell(value: Any, form: str) -> str:
-    """A table cell; a missing value is empty."""
+def format_cell(row: dict[str, Any], key: str, form: str) -> str:
+    """A table cell; a missing value is empty. The beam is a teacher's hypotheses or a student's lengths."""
+    value = row.get(key)
+    if value is None and key == "length_beam":
+        value = row.get("beam")
     return "" if value is None else format(value, form)
 
 
