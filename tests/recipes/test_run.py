@@ -1,0 +1,173 @@
+"""The whole graph, for real, at a size of seconds."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from engine_fast.config import load_config
+from engine_fast.errors import CheckpointError, ConfigError
+from engine_fast.recipes.demo import demo_config
+from engine_fast.recipes.run import run
+from tests.recipes.micro import STAGES, micro_config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished micro run; tests copy it before they change anything."""
+    out = tmp_path_factory.mktemp("micro") / "run"
+    run(micro_config(), out, say=lambda line: None)
+    return out
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def _run(out: Path, **sections: dict[str, Any]) -> list[str]:
+    said: list[str] = []
+    run(micro_config(**sections), out, say=said.append)
+    return said
+
+
+def test_results_have_the_agreed_shape(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert {"systems", "signature", "config", "versions"} <= results.keys()
+    names = {row["system"] for row in results["systems"]}
+    assert names == {
+        "teacher-greedy", "teacher-beam",
+        "cmlm", "cmlm-rerank", "cmlm-oracle", "engine", "engine-rerank", "engine-oracle",
+    }  # fmt: skip
+    for row in results["systems"]:
+        for key in ("bleu", "chrf", "energy", "valid", "repetition", "sentences_per_second", "latency_ms"):
+            assert math.isfinite(row[key]), (row["label"], key)
+        student = not row["system"].startswith("teacher")
+        assert (row["iterations"] is not None) == student
+        assert (row["length_beam"] is not None) == student
+        if row["oracle_length"]:
+            assert row["length_accuracy"] == 1.0
+    engine = [row for row in results["systems"] if row["system"] == "engine" and row["iterations"] == 1]
+    assert [row["length_beam"] for row in engine] == [3, 1]  # the student's own first
+    assert results["references"]["energy"] > 0
+    assert "nrefs:2" in results["signature"]["bleu"]
+    assert "tok:none" in results["signature"]["bleu"]
+    assert results["versions"]["torch"]
+    assert load_config_tree(finished) == results["config"]
+
+
+def load_config_tree(out: Path) -> dict[str, Any]:
+    """The effective configuration beside the results."""
+    load_config(out / "config.yaml")
+    return dict(yaml.safe_load((out / "config.yaml").read_text()))
+
+
+def test_outputs_are_text_one_line_a_source(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    outputs = finished / "evaluate" / "outputs"
+    for name in ("source", "reference-0", "reference-1", *(row["label"] for row in results["systems"])):
+        assert len((outputs / f"{name}.txt").read_text().splitlines()) == 12
+
+
+def test_report_is_written(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    assert "engine-rerank" in page
+    assert "http" not in page
+
+
+def test_everything_is_skipped_the_second_time(copied: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for stage in STAGES for path in (copied / stage).rglob("*")}
+    assert _run(copied) == [f"{stage}: done before, inputs unchanged" for stage in STAGES]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_changed_student_leaves_its_teacher_alone(copied: Path) -> None:
+    said = _run(copied, evaluate={"iterations": [1], "beam": 2, "oracle_lengths": False})
+    assert [line for line in said if "done before" in line] == [
+        f"{stage}: done before, inputs unchanged" for stage in STAGES[:5]
+    ]
+    assert any(line.startswith("evaluate: running again because evaluate.") for line in said)
+    rows = json.loads((copied / "results.json").read_text())["systems"]
+    assert {row["iterations"] for row in rows} == {None, 1}
+    assert "cmlm-oracle" not in (copied / "report.html").read_text()
+
+
+def test_settings_without_effect_rerun_nothing(copied: Path) -> None:
+    said = _run(copied, runtime={"device": "cpu", "threads": 1})
+    assert all("done before" in line for line in said)
+
+
+def test_evaluate_refuses_to_train(copied: Path) -> None:
+    shutil.rmtree(copied / "engine")
+    with pytest.raises(CheckpointError, match="stage engine is not done"):
+        run(micro_config(), copied, say=lambda line: None, redo=("evaluate",), only=("evaluate", "report"))
+
+
+def test_two_runs_never_share_a_directory(copied: Path) -> None:
+    import fcntl
+
+    with (copied / ".lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another engine-fast works here"):
+            _run(copied)
+
+
+def test_references_only_needs_no_distillation(tmp_path: Path) -> None:
+    from engine_fast.distributed import start
+    from engine_fast.recipes.stages import build_stages
+
+    config = micro_config()
+    config = config.model_copy(
+        update={name: getattr(config, name).model_copy(update={"data": "references"}) for name in ("cmlm", "engine")}
+    )
+    stages = build_stages(config, tmp_path, world=start(config.runtime), say=print)
+    assert [stage.name for stage in stages] == [name for name in STAGES if name != "distill"]
+    assert all("distill" not in stage.upstream for stage in stages)
+
+
+def test_demo_takes_its_seed_and_overrides() -> None:
+    config = demo_config(7, ["engine.max_updates=5"])
+    assert (config.seed, config.engine.max_updates) == (7, 5)
+    assert config.data.synthetic is not None
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+    assert config.engine.architecture.model_copy(update={"dropout": 0.0}) == (
+        config.cmlm.architecture.model_copy(update={"dropout": 0.0})
+    )
+
+
+@pytest.mark.slow
+def test_kill_9_in_every_stage_changes_nothing(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+    command = [sys.executable, "-m", "tests.recipes.micro", str(out)]
+    for stage in STAGES:
+        dead = subprocess.run([*command, stage], env=environment, check=False, capture_output=True)
+        assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()
+        assert (out / stage / "begun.json").exists()
+        assert not (out / stage / "stage.json").exists()
+    last = subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert b"report: was interrupted, continuing" in last.stdout
+    for stage in STAGES[:5]:
+        ours, theirs = (json.loads((run / stage / "stage.json").read_text()) for run in (out, finished))
+        assert ours["outputs"] == theirs["outputs"], stage
+    for path in (finished / "evaluate" / "outputs").iterdir():
+        assert (out / "evaluate" / "outputs" / path.name).read_bytes() == path.read_bytes()
+    ours, theirs = (json.loads((run / "results.json").read_text()) for run in (out, finished))
+    timed = {"sentences_per_second", "latency_ms"}
+    for one, other in zip(ours["systems"], theirs["systems"], strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
