@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import math
 import warnings
 from collections.abc import Iterator
@@ -47,7 +49,7 @@ class _Plain(nn.Module):
         self.objective = objective
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = self.objective(batch)
+        loss = self.objective.forward(batch)  # past stage 3's hooks, which cannot look into a Loss either
         return loss.total, loss.stats
 
 
@@ -68,10 +70,9 @@ class Engine:
         self._shadow = copy.deepcopy(trained) if self.stage == 3 or config.ema_decay else None
         settings = deepspeed_config(config, extra)
         parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import deepspeed
+        import deepspeed
 
+        with _quiet():
             try:
                 self._engine, *_ = deepspeed.initialize(
                     model=_Plain(objective),
@@ -161,12 +162,14 @@ class Engine:
 
     def save(self, directory: Path) -> None:
         """Write DeepSpeed's own files: optimiser state and weights of every rank, for `load`."""
-        self._engine.save_checkpoint(str(directory), tag="deepspeed", save_latest=False)
+        with _quiet():
+            self._engine.save_checkpoint(str(directory), tag="deepspeed", save_latest=False)
 
     def load(self, directory: Path) -> None:
         """Continue from `save`. Raises CheckpointError if DeepSpeed cannot read it."""
         try:
-            path, _ = self._engine.load_checkpoint(str(directory), tag="deepspeed")
+            with _quiet():
+                path, _ = self._engine.load_checkpoint(str(directory), tag="deepspeed")
         except (OSError, RuntimeError, KeyError, ValueError, AssertionError, EOFError) as error:
             raise CheckpointError(f"{directory}: DeepSpeed cannot load it ({error}).") from error
         if path is None:
@@ -183,6 +186,14 @@ class Engine:
                 parameter.grad = None  # Adam leaves a parameter without a gradient alone
         elif self._clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed prints its progress to standard output, which belongs to the user."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:

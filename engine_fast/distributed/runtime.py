@@ -132,6 +132,7 @@ def _init_deepspeed() -> None:
         warnings.simplefilter("ignore")
         import deepspeed
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # at each of its collectives
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # The shared-memory all-reduce would be compiled now, for two minutes, without a word.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -22,7 +22,7 @@ from engine_fast.models.dropout import dropout
 from engine_fast.models.layers import DecoderLayer, EncoderLayer, LearnedPositions, SinusoidalPositions
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: ZeRO stage 3 looks for the tensors in vars(output)
 class Memory:
     """What a decoder attends to."""
 
