@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Size:
     tokens: int = 1024
     lengths: tuple[int, ...] = (13, 24, 38)
     """Longest target of each batch; the others are up to a tenth shorter, as length buckets leave them."""
-    rounds: int = 4
+    rounds: int = 3
 
 
 QUICK = Size(width=64, ffn_width=128, heads=4, layers=2, vocabulary=1000, tokens=256, rounds=3)
@@ -117,9 +117,13 @@ def make_step(subject: str, provider: str, size: Size) -> Step:
 
 
 def measure_speed(subject: str, size: Size, rates: dict[str, float]) -> dict[str, dict[str, float]]:
-    """provider -> target tokens/s, achieved GFLOP/s and its share of the GEMM rate, spread of the times."""
+    """provider -> target tokens/s, achieved GFLOP/s and its share of the GEMM rate, spread of the times.
+
+    share_of_threads well below 1 says that other programs had the cores for a good part of the time.
+    """
     steps = {name: make_step(subject, name, size) for name in PROVIDERS[subject]}
     seconds = dict.fromkeys(steps, 0.0)
+    cpu_seconds = dict.fromkeys(steps, 0.0)
     spread = dict.fromkeys(steps, 0.0)
     flops = dict.fromkeys(steps, 0.0)
     tokens = 0
@@ -129,14 +133,18 @@ def measure_speed(subject: str, size: Size, rates: dict[str, float]) -> dict[str
             with FlopCounterMode(display=False) as counter:
                 step.run(batch)
             flops[name] += counter.get_total_flops()
-        timed = harness.interleave({name: _bind(step, batch) for name, step in steps.items()}, rounds=size.rounds)
+        run = {name: _bind(step, batch) for name, step in steps.items()}
+        timed = harness.interleave(run, rounds=size.rounds, warmup=0)  # the counted run has warmed up
         for name, row in timed.items():
             seconds[name] += row["seconds"]
+            cpu_seconds[name] += row["cpu_seconds"]
             spread[name] = max(spread[name], row["spread"])
     return {
         name: {
             "tokens_per_second": tokens / seconds[name],
             "seconds_per_step": seconds[name] / len(size.lengths),
+            "cpu_seconds_per_step": cpu_seconds[name] / len(size.lengths),
+            "share_of_threads": cpu_seconds[name] / seconds[name] / torch.get_num_threads(),
             "spread": spread[name],
             "gflop_per_step": flops[name] / len(size.lengths) / 1e9,
             "gflops": flops[name] / seconds[name] / 1e9,
@@ -162,10 +170,13 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small models; no floor is judged, nothing is written")
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, help="timed runs of each provider on each batch")
     parser.add_argument("--memory", metavar="SUBJECT:PROVIDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     size = QUICK if options.quick else Size()
+    if options.rounds:
+        size = replace(size, rounds=options.rounds)
     if options.memory:
         subject, provider = options.memory.split(":")
         print(json.dumps(measure_memory(subject, provider, size)))
@@ -182,6 +193,7 @@ def main() -> int:
             row |= {"peak_mib_above_inputs": memory["above"], "peak_mib": memory["peak"]}
             print(
                 f"{subject:8} {provider:24} {row['tokens_per_second']:8.0f} tokens/s  spread {row['spread']:4.0%}  "
+                f"had {row['share_of_threads']:4.0%} of its threads  "
                 f"{row['gflops']:6.0f} GFLOP/s ({row['share_of_gemm_rate']:4.0%})  "
                 f"peak +{row['peak_mib_above_inputs']:5.0f} MiB (process {row['peak_mib']:5.0f})",
                 flush=True,
@@ -208,6 +220,7 @@ def _ratios(rows: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
             if name != "peer-fp32":
                 label = f"{subject}_{name.removeprefix('ours-').replace('-', '_')}"
                 figures[f"{label}_speed"] = row["tokens_per_second"] / peer["tokens_per_second"]
+                figures[f"{label}_cpu_speed"] = peer["cpu_seconds_per_step"] / row["cpu_seconds_per_step"]
                 figures[f"{label}_memory"] = row["peak_mib_above_inputs"] / peer["peak_mib_above_inputs"]
     return figures
 

@@ -32,18 +32,24 @@ def interleave(
 ) -> dict[str, dict[str, float]]:
     """Run every provider once a round, in turn, and reverse the order every other round.
 
-    Returns: name -> median, minimum and maximum seconds over `rounds`; `spread` = (maximum - minimum) / median.
+    Returns: name -> median, minimum and maximum seconds over `rounds`; `spread` = (maximum - minimum) / median;
+    `cpu_seconds`, the median over all threads of the process: near seconds * threads where nobody else computes.
     """
     seconds: dict[str, list[float]] = {name: [] for name in providers}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in providers}
     for round_number in range(warmup + rounds):
         order = list(providers) if round_number % 2 == 0 else list(reversed(list(providers)))
         for name in order:
             gc.collect()
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             providers[name]()
             if round_number >= warmup:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: summary(values) for name, values in seconds.items()}
+                cpu_seconds[name].append(time.process_time() - cpu_start)
+    return {
+        name: summary(values) | {"cpu_seconds": statistics.median(cpu_seconds[name])}
+        for name, values in seconds.items()
+    }
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:

@@ -57,7 +57,7 @@ def test_judge_names_what_fell_short():
 
 
 def test_floors_are_figures_that_the_benchmark_reports():
-    row = {"tokens_per_second": 1.0, "peak_mib_above_inputs": 1.0}
+    row = {"tokens_per_second": 1.0, "peak_mib_above_inputs": 1.0, "cpu_seconds_per_step": 1.0}
     figures = bench_step._ratios({s: dict.fromkeys(ps, row) for s, ps in bench_step.PROVIDERS.items()})
     assert harness.floors("step").keys() <= figures.keys()
 
