@@ -30,7 +30,7 @@ class VocabularyConfig(Section):
     character_coverage: float = Field(default=1.0, gt=0.9, le=1.0)
     """Share of characters that get a piece of their own; the rest become <unk>."""
     sample: PositiveInt = 1_000_000
-    """Training lines SentencePiece reads at most (evenly spaced)."""
+    """Training lines SentencePiece reads at most, evenly spaced; fewer where they would not fit into 0.5 GiB."""
 
 
 class FilterConfig(Section):

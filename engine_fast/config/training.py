@@ -28,7 +28,7 @@ class BatchConfig(Section):
     max_sentences: PositiveInt | None = None
     """Cap on sentences per micro-step."""
     length_buckets: PositiveInt = 16
-    """Sorted pools per epoch at most, each of 128 micro-batches or more; 1 sorts the whole epoch."""
+    """Sorted pools per epoch at most, each of 256 micro-batches or more; 1 sorts the whole epoch."""
     accumulate: PositiveInt = 1
     """Micro-batches per update."""
 

@@ -21,8 +21,8 @@ from engine_fast.errors import ConfigError
 Indices = npt.NDArray[np.int64]
 Lengths = npt.NDArray[np.int32]
 
-_BATCHES_PER_POOL = 128
-"""Below this many batches a sorted pool pads more than 5% of a real corpus (measured on multi30k)."""
+_BATCHES_PER_POOL = 256
+"""Below this many batches a sorted pool pads more than 5% of a real corpus (deen_mix: 128 give 5.7%, 256 give 3.9%)."""
 _NO_LIMIT = 2**31 - 1
 
 

@@ -40,6 +40,8 @@ __all__ = ["PrepareReport", "Prepared", "prepare"]
 
 _LOG = logging.getLogger(__name__)
 _KEEP = len(RULES)
+_MOST_CHARACTERS = {"bpe": 100_000_000, "unigram": 20_000_000}
+"""Read by SentencePiece at most: it holds about 2 bytes a character for bpe, 20 (suffix arrays) for unigram."""
 Verdicts = npt.NDArray[np.uint8]
 
 
@@ -112,8 +114,9 @@ def _reusable(directory: Path, key: str) -> PrepareReport | None:
 
 
 def _prepare_into(config: DataConfig, splits: dict[str, _Files], directory: Path, key: str) -> PrepareReport:
-    verdicts = _judge(config, splits["train"], directory)
-    vocabularies, files = _train_vocabularies(config, splits["train"], verdicts, directory)
+    verdicts, num_characters = _judge(config, splits["train"], directory)
+    share = min(1.0, _MOST_CHARACTERS[config.vocabulary.kind] / max(num_characters, 1))
+    vocabularies, files = _train_vocabularies(config, splits["train"], verdicts, share, directory)
     reports = {}
     for split, split_files in splits.items():
         reports[split] = _encode_split(
@@ -140,27 +143,32 @@ def _prepare_into(config: DataConfig, splits: dict[str, _Files], directory: Path
     )
 
 
-def _judge(config: DataConfig, files: _Files, directory: Path) -> Verdicts:
-    """One number a pair: the index of the rule that drops it by its text, or _KEEP."""
+def _judge(config: DataConfig, files: _Files, directory: Path) -> tuple[Verdicts, int]:
+    """One number a pair: the index of the rule that drops it by its text, or _KEEP. And the characters read."""
     verdicts = bytearray()
+    num_characters = 0
     with PairHashes(directory / "hashes") as hashes:
         for source, target in iter_pairs(files.source, files.target):
             rule = text_rule(config.filters, source, target)
             verdicts.append(_KEEP if rule is None else RULES.index(rule))
             hashes.add(source, target)
+            num_characters += len(source) + len(target)
         result = np.frombuffer(verdicts, dtype=np.uint8)
         if config.filters.drop_duplicates:
             result[(result == _KEEP) & hashes.repeated()] = RULES.index("duplicate")
     _LOG.info("train: %d pairs read, %d kept by their text", len(result), int((result == _KEEP).sum()))
-    return result
+    return result, num_characters
 
 
 def _train_vocabularies(
-    config: DataConfig, files: _Files, verdicts: Verdicts, directory: Path
+    config: DataConfig, files: _Files, verdicts: Verdicts, share: float, directory: Path
 ) -> tuple[tuple[Vocabulary, Vocabulary], tuple[str, str]]:
+    most = int(share * (verdicts == _KEEP).sum())
+
     def train(sides: tuple[int, ...], stem: str) -> tuple[SentencePieceVocabulary, str]:
+        limit = min(config.vocabulary.sample // len(sides), most)
         vocabulary = train_sentencepiece(
-            (pair[side] for pair in _sample(files, verdicts, config.vocabulary.sample // len(sides)) for side in sides),
+            (pair[side] for pair in _sample(files, verdicts, limit) for side in sides),
             kind=config.vocabulary.kind,
             size=config.vocabulary.size,
             character_coverage=config.vocabulary.character_coverage,

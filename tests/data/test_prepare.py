@@ -6,14 +6,17 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine_fast.config import FilterConfig, VocabularyConfig
+from engine_fast.data import prepare as prepare_module
 from engine_fast.data.prepare import Prepared, PrepareReport, prepare
 from engine_fast.data.symbols import EOS
+from engine_fast.data.vocabulary import SentencePieceVocabulary
 from engine_fast.errors import ConfigError, DataError, VocabularyError
 
 from .conftest import Corpus
@@ -112,6 +115,25 @@ def test_a_sample_trains_the_vocabulary(files: Corpus, tmp_path: Path) -> None:
     whole = prepare(files(), tmp_path / "whole", seed=1)
     sampled = prepare(files(vocabulary=VocabularyConfig(size=100, sample=300)), tmp_path / "sampled", seed=1)
     assert whole.vocabularies["source"].sha256 != sampled.vocabularies["source"].sha256
+
+
+def test_the_sample_shrinks_when_the_text_would_not_fit(
+    files: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepare(files(), tmp_path / "whole", seed=1)
+    seen: list[int] = []
+    train = prepare_module.train_sentencepiece
+
+    def counting(lines: Iterable[str], **settings: Any) -> SentencePieceVocabulary:
+        kept = list(lines)
+        seen.append(sum(map(len, kept)))
+        return train(kept, **settings)
+
+    monkeypatch.setattr(prepare_module, "train_sentencepiece", counting)
+    monkeypatch.setitem(prepare_module._MOST_CHARACTERS, "bpe", 10_000)
+    small = prepare(files(), tmp_path / "small", seed=1)
+    assert 9_000 < seen[0] < 11_000
+    assert whole.vocabularies["source"].sha256 != small.vocabularies["source"].sha256
 
 
 def test_an_equal_preparation_is_reused_and_a_changed_one_is_not(files: Corpus, text: Pairs, tmp_path: Path) -> None:
