@@ -95,7 +95,8 @@ def _system_warnings(results: dict[str, Any]) -> list[str]:
             f"{cmlm['bleu']:.2f}): here low energy is not good translation."
         )
     reference = results["references"]["energy"]
-    students = (row for row in systems if row["iterations"] is not None)  # a teacher's own output is always likely
+    # a teacher's own output is always likely, and where validity is known nothing has to be guessed from energy
+    students = (row for row in systems if row["iterations"] is not None and "valid" not in row)
     below = list(dict.fromkeys(row["system"] for row in students if row["energy"] < reference))
     if below:
         lines.append(

@@ -140,3 +140,10 @@ def test_unreadable_results_are_refused(tmp_path: Path, content: str | None) -> 
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(CheckpointError, match=r"results\.json: no results can be read"):
         write_report(run, run / "report.html")
+
+
+def test_known_validity_needs_no_guess_from_energy() -> None:
+    results = fake_results(engine_energy=20.0)
+    for row in results["systems"]:
+        row["valid"] = 0.9
+    assert warnings(results, []) == []
