@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine_fast.config import DataConfig, RunConfig, TrainConfig
+from engine_fast.config import DataConfig, RunConfig
 from engine_fast.data import report, shards
 from engine_fast.data.catalog import resolve_config
 from engine_fast.data.corpus import ParallelCorpus
@@ -43,6 +44,11 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
             return ParallelCorpus.open(out / "distill" / "corpus")
         return prepared().split("train")
 
+    def run_prepare(directory: Path) -> None:
+        counted = prepare(config.data, directory / "data", seed=config.seed)
+        for split, part in counted.splits.items():
+            say(f"prepare: {split}: {part.kept} of {part.read} pairs kept")
+
     def run_teacher(directory: Path) -> None:
         train_teacher(config, prepared(), directory)
 
@@ -77,37 +83,46 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
     def run_report(directory: Path) -> None:
         write_report(out, directory / "report.html")
 
-    model = ("model/**/*",)  # not metrics.jsonl: it holds times, which must not make a later stage run again
+    def training(name: str, upstream: list[str], body: Callable[[Path], None]) -> Stage:
+        settings = {**seed, **engine_extra, name: _section(getattr(config, name), _WITHOUT_EFFECT)}
+        # not metrics.jsonl: it holds times, which must not make a later stage run again
+        return Stage(name, tuple(upstream), settings, ("model/**/*",), body, every_rank=True)
+
     cmlm_upstream = ["prepare"] + ["distill"] * ("cmlm" in distilled) + ["teacher"] * config.cmlm.from_teacher
     engine_upstream = ["prepare", "teacher", "cmlm"] + ["distill"] * ("engine" in distilled)
-    prepare_inputs = {**seed, "data": _section(config.data, {"workers", "root", "allow_unverified"}), "files": _text_files(config.data),
-                      "formats": [report.VERSION, shards.VERSION]}  # fmt: skip
+    models = ("teacher", "cmlm", "engine")
     stages = [
-        Stage("prepare", (), prepare_inputs, ("data/**/*",),
-              lambda directory: _prepare(config, directory, say)),
-        Stage("teacher", ("prepare",), {**seed, **engine_extra, "teacher": _training(config.teacher)}, model,
-              run_teacher, every_rank=True),
-        Stage("distill", ("prepare", "teacher"), {"distill": _section(config.distill)}, ("corpus/**/*",), run_distill,
-              every_rank=True),
-        Stage("cmlm", tuple(cmlm_upstream), {**seed, **engine_extra, "cmlm": _training(config.cmlm)}, model,
-              run_cmlm, every_rank=True),
-        Stage("engine", tuple(engine_upstream), {**seed, **engine_extra, "engine": _training(config.engine)}, model,
-              run_engine, every_rank=True),
-        Stage("evaluate", ("prepare", "teacher", "cmlm", "engine"), {"evaluate": _section(config.evaluate)},
-              ("results.json", "outputs/*"), run_evaluate),
-        Stage("report", ("evaluate", "teacher", "cmlm", "engine"), {}, ("report.html",), run_report),
-    ]  # fmt: skip
+        Stage("prepare", (), {**seed, **_prepare_inputs(config.data)}, ("data/**/*",), run_prepare),
+        training("teacher", ["prepare"], run_teacher),
+        Stage(
+            "distill",
+            ("prepare", "teacher"),
+            {"distill": _section(config.distill)},
+            ("corpus/**/*",),
+            run_distill,
+            every_rank=True,
+        ),
+        training("cmlm", cmlm_upstream, run_cmlm),
+        training("engine", engine_upstream, run_engine),
+        Stage(
+            "evaluate",
+            ("prepare", *models),
+            {"evaluate": _section(config.evaluate)},
+            ("results.json", "outputs/*"),
+            run_evaluate,
+        ),
+        Stage("report", ("evaluate", *models), {}, ("report.html",), run_report),
+    ]
     return stages if distilled else [stage for stage in stages if stage.name != "distill"]
 
 
-def _prepare(config: RunConfig, directory: Path, say: Say) -> None:
-    counted = prepare(config.data, directory / "data", seed=config.seed)
-    for split, part in counted.splits.items():
-        say(f"prepare: {split}: {part.kept} of {part.read} pairs kept")
-
-
-def _training(section: TrainConfig) -> dict[str, Any]:
-    return _section(section, _WITHOUT_EFFECT)
+def _prepare_inputs(data: DataConfig) -> dict[str, Any]:
+    """Settings, bytes of the text and format versions that decide what prepare writes."""
+    return {
+        "data": _section(data, {"workers", "root", "allow_unverified"}),
+        "files": _text_files(data),
+        "formats": [report.VERSION, shards.VERSION],
+    }
 
 
 def _section(section: Any, without: set[str] | None = None) -> dict[str, Any]:
