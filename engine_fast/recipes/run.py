@@ -29,10 +29,12 @@ def run(
     """
     world = start(config.runtime)
     with _locked(out, world):
-        if world.is_main:
+        if world.is_main and only is None:
             write_atomic(out / "config.yaml", dump_config(config))
         run_graph(build_stages(config, out, world=world, say=say), out, world=world, say=say, redo=redo, only=only)
         if world.is_main:
+            # with `only`, not before the graph has accepted it: a refused setting must not stay behind
+            write_atomic(out / "config.yaml", dump_config(config))
             for stage, name in (("evaluate", "results.json"), ("report", "report.html")):
                 write_atomic(out / name, (out / stage / name).read_bytes())
         world.barrier()

@@ -102,10 +102,14 @@ def test_settings_without_effect_rerun_nothing(copied: Path) -> None:
     assert all("done before" in line for line in said)
 
 
-def test_evaluate_refuses_to_train(copied: Path) -> None:
+def test_evaluate_refuses_to_train_and_keeps_the_configuration(copied: Path) -> None:
+    before = (copied / "config.yaml").read_text()
+    with pytest.raises(CheckpointError, match=r"stage distill is not done .* \(distill.beam was 2, is 3\)"):
+        run(micro_config(distill={"beam": 3}), copied, say=print, redo=("evaluate",), only=("evaluate", "report"))
+    assert (copied / "config.yaml").read_text() == before
     shutil.rmtree(copied / "engine")
     with pytest.raises(CheckpointError, match="stage engine is not done"):
-        run(micro_config(), copied, say=lambda line: None, redo=("evaluate",), only=("evaluate", "report"))
+        run(micro_config(), copied, say=print, redo=("evaluate",), only=("evaluate", "report"))
 
 
 def test_two_runs_never_share_a_directory(copied: Path) -> None:
