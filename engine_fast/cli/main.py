@@ -92,6 +92,7 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def _root(
     version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+    local_rank: int = typer.Option(0, "--local_rank", hidden=True),  # what `deepspeed` adds; LOCAL_RANK says the same
 ) -> None:
     if version:
         from engine_fast import __version__

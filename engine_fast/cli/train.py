@@ -25,20 +25,15 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="section.key=value", help="Override one setting; repeatable.")
     ] = None,
-    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> None:
     """Train one stage: teacher, cmlm or engine. Interrupted, the same command goes on.
 
-    Several processes: `deepspeed --no_local_rank --module engine_fast.cli.main train ...`, or torchrun -m likewise.
+    Several processes: `deepspeed --module engine_fast.cli.main train ...`, or `torchrun -m` likewise.
     """
-    import os
-
     from engine_fast.config import load_config
     from engine_fast.data.corpus import ParallelCorpus
     from engine_fast.data.prepared import Prepared
 
-    if local_rank is not None:
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
     settings = load_config(config, overrides or [])
     if stage == "engine":
         for option, path in (("--teacher", teacher), ("--student", student)):
@@ -64,6 +59,4 @@ def train(
     else:
         assert teacher is not None
         assert student is not None
-        train_engine(
-            settings, prepared, corpus, out, valid_corpus=valid, teacher_dir=teacher, cmlm_dir=student
-        )
+        train_engine(settings, prepared, corpus, out, valid_corpus=valid, teacher_dir=teacher, cmlm_dir=student)

@@ -154,7 +154,7 @@ class CheckpointStore:
         except OSError:
             latest = ""
         # A snapshot newer than `latest` was sealed too; the kill came between the two renames.
-        failures = []
+        failures: list[str] = []
         for name in names:
             try:
                 verify(self.directory / name)
@@ -166,11 +166,13 @@ class CheckpointStore:
                 say(str(error))
         if failures:
             raise CheckpointError(
-                f"{self.directory}: no checkpoint is whole. {failures[0]} Remove the directory to start this stage again."
+                f"{self.directory}: no checkpoint is whole. {failures[0]} "
+                "Remove the directory to start this stage again."
             )
         if latest:
             raise CheckpointError(
-                f"{self.directory}: `latest` names {latest}, which is missing. Restore it, or remove the directory to start again."
+                f"{self.directory}: `latest` names {latest}, which is missing. "
+                "Restore it, or remove the directory to start again."
             )
         return None
 
@@ -178,9 +180,9 @@ class CheckpointStore:
         free = shutil.disk_usage(self.directory).free
         if free - num_bytes < self._min_free_bytes:
             raise CheckpointError(
-                f"{self.directory}: a checkpoint needs about {num_bytes / 1e6:.0f} MB and {self._min_free_bytes / 1e6:.0f} MB "
-                f"must stay free (runtime.min_free_bytes), but {free / 1e6:.0f} MB are. {self._kept()} "
-                "Free some space; the same command continues."
+                f"{self.directory}: a checkpoint needs about {num_bytes / 1e6:.0f} MB and "
+                f"{self._min_free_bytes / 1e6:.0f} MB must stay free (runtime.min_free_bytes), "
+                f"but {free / 1e6:.0f} MB are. {self._kept()} Free some space; the same command continues."
             )
 
     def _kept(self) -> str:
@@ -219,7 +221,9 @@ def verify(directory: Path) -> None:
         if not path.is_file():
             raise CheckpointError(f"checkpoint {directory} is damaged: {name} is missing.")
         if path.stat().st_size != size:
-            raise CheckpointError(f"checkpoint {directory} is damaged: {name} has {path.stat().st_size} bytes, expected {size}.")
+            raise CheckpointError(
+                f"checkpoint {directory} is damaged: {name} has {path.stat().st_size} bytes, expected {size}."
+            )
         if _sum(path) != checksum:
             raise CheckpointError(f"checkpoint {directory} is damaged: {name} has changed since it was written.")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,18 +88,17 @@ def start(config: RuntimeConfig) -> World:
     Raises ConfigError: cuda asked for but absent, or an incomplete launcher environment.
     """
     device = _device(config)
-    given = [name for name in _LAUNCHER if name in os.environ]
-    if given and "RANK" in given and len(given) < len(_LAUNCHER):
-        missing = ", ".join(name for name in _LAUNCHER if name not in given)
-        raise ConfigError(f"the launcher set RANK but not {missing}. Start with `deepspeed` or torchrun, or with neither.")
-    if "RANK" not in given:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    missing = ", ".join(name for name in _LAUNCHER if name not in os.environ)
+    if missing and "RANK" in os.environ:
+        raise ConfigError(
+            f"the launcher set RANK but not {missing}. Start with `deepspeed` or torchrun, or with neither."
+        )
     _set_threads(config)
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read once, when deepspeed is imported
     else:
         torch.cuda.set_device(device)
-    _init_deepspeed()
+    _join(device)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -108,7 +106,9 @@ def _device(config: RuntimeConfig) -> torch.device:
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("runtime.device = 'cuda', but this torch sees no GPU. Use auto or cpu, or see `engine-fast doctor`.")
+        raise ConfigError(
+            "runtime.device = 'cuda', but this torch sees no GPU. Use auto or cpu, or see `engine-fast doctor`."
+        )
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
@@ -121,27 +121,23 @@ def _set_threads(config: RuntimeConfig) -> None:
             torch.set_num_threads(max(1, torch.get_num_threads() // local))
 
 
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def _init_deepspeed() -> None:
+def _join(device: torch.device) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # at each of its collectives
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed"
+    )  # at each of its collectives
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # The shared-memory all-reduce would be compiled now, for two minutes, without a word.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        atexit.register(_leave)
-
-
-def _leave() -> None:
-    # Only a lone process leaves politely: a peer that has died would never answer.
-    if dist.is_initialized() and dist.get_world_size() == 1:
-        dist.destroy_process_group()
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        # No port to agree on, and no RANK in the environment for child processes to find.
+        os.environ["LOCAL_RANK"] = "0"
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        atexit.register(dist.destroy_process_group)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

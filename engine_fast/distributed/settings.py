@@ -12,14 +12,17 @@ from engine_fast.config import TrainConfig
 from engine_fast.errors import ConfigError
 
 KNOWN_KEYS = frozenset(
-    """activation_checkpointing aio bf16 checkpoint comet comms_logger communication_data_type compile
-    compression_training csv_monitor data_efficiency data_types datastates_ckpt disable_allgather disable_python_gc
-    dump_state elasticity expert_parallel flops_profiler fp16 gradient_allreduce_op gradient_predivide_factor
-    hybrid_engine log_level memory_breakdown prescale_gradients seq_parallel_communication_data_type
-    sequence_parallel_size sparse_gradients tensor_parallel tensorboard timers torch_autocast
-    use_data_before_expert_parallelism wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer
-    zero_force_ds_cpu_optimizer zero_optimization""".split()
-)
+    {
+        "activation_checkpointing", "aio", "bf16", "checkpoint", "comet", "comms_logger", "communication_data_type",
+        "compile", "compression_training", "csv_monitor", "data_efficiency", "data_types", "datastates_ckpt",
+        "disable_allgather", "disable_python_gc", "dump_state", "expert_parallel", "flops_profiler", "fp16",
+        "gradient_allreduce_op", "gradient_predivide_factor", "hybrid_engine", "log_level", "memory_breakdown",
+        "prescale_gradients", "seq_parallel_communication_data_type", "sequence_parallel_size", "tensor_parallel",
+        "tensorboard", "timers", "torch_autocast", "use_data_before_expert_parallelism", "wall_clock_breakdown",
+        "wandb", "weight_quantization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    }
+)  # fmt: skip
 OURS = {
     "train_batch_size": "batch.max_tokens",
     "train_micro_batch_size_per_gpu": "batch.max_tokens",
@@ -48,7 +51,9 @@ def check_extra(extra: dict[str, Any]) -> None:
         if key not in KNOWN_KEYS:
             near = difflib.get_close_matches(key, KNOWN_KEYS | OURS.keys(), n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"deepspeed.{key} is not a key of DeepSpeed's configuration, which would ignore it.{hint}")
+            raise ConfigError(
+                f"deepspeed.{key} is not a key of DeepSpeed's configuration, which would ignore it.{hint}"
+            )
 
 
 def deepspeed_config(config: TrainConfig, extra: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Stop:
 
 @contextmanager
 def catching_signals() -> Iterator[Stop]:
-    """Route SIGINT and SIGTERM to the returned Stop. Outside the main thread, where Python allows none, nothing happens."""
+    """Route SIGINT and SIGTERM to the returned Stop; outside the main thread, where Python allows none, do nothing."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -75,9 +75,7 @@ class Trainer:
     ) -> None:
         self.stage, self.config, self.run_config, self.directory = stage, config, run, directory
         self._engine, self._feeder, self._validator, self._world, self._stop = engine, feeder, validator, world, stop
-        self._store = CheckpointStore(
-            directory / "checkpoints", world=world, min_free_bytes=run.runtime.min_free_bytes
-        )
+        self._store = CheckpointStore(directory / "checkpoints", world=world, min_free_bytes=run.runtime.min_free_bytes)
         self._average = ExponentialAverage(engine.shards(), config.ema_decay) if config.ema_decay else None
         self._sums = Sums(world.device)
         self.progress = Progress()
@@ -150,9 +148,8 @@ class Trainer:
     def _diverged(self, what: str) -> None:
         kept = self._store.updates()
         good = f"The last good checkpoint is {kept[-1]}" if kept else "There is no checkpoint yet"
-        advice = "Lower {0}.optim.lr (now {1:g}), lengthen {0}.optim.warmup_updates or set {0}.optim.clip_norm".format(
-            self.stage, self.config.optim.lr
-        )
+        optim = f"{self.stage}.optim"
+        advice = f"Lower {optim}.lr (now {self.config.optim.lr:g}), or set {optim}.warmup_updates or {optim}.clip_norm"
         raise DivergenceError(f"{self.stage}: {what}; training stops. {good}. {advice}, then start the command again.")
 
     def _write_line(self, feed: Feed, lr: float, result: StepResult) -> None:
@@ -196,7 +193,9 @@ class Trainer:
         if self.progress.validated == update:
             return False
         # ENGINE starts from a trained student: its own figures are the first point of the curves.
-        return self._out_of_data() or (update % self.config.validate_every == 0 and (update > 0 or self.stage == "engine"))
+        return self._out_of_data() or (
+            update % self.config.validate_every == 0 and (update > 0 or self.stage == "engine")
+        )
 
     def _validate(self) -> bool:
         """Measure, log and keep the best. False: a signal came, and the validation is to be done again."""
@@ -219,7 +218,9 @@ class Trainer:
             progress.bad_validations += 1
         if self._log is not None:
             self._log.write("valid", progress.update, {"epoch": progress.epoch, **figures})
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items() if name not in ("tokens", "sentences"))
+        shown = "  ".join(
+            f"{name} {value:.4g}" for name, value in figures.items() if name not in ("tokens", "sentences")
+        )
         self._reporter.say(f"valid at {progress.update}: {shown}{'  (best)' if better else ''}")
         return True
 
@@ -322,8 +323,8 @@ class Trainer:
         self._save()
         name = self._stop.signal.name if self._stop.signal is not None else "a signal to another rank"
         raise Interrupted(
-            f"{self.stage}: stopped by {name} after update {self.progress.update}, state saved in {self._store.directory}. "
-            "The same command continues."
+            f"{self.stage}: stopped by {name} after update {self.progress.update}, "
+            f"state saved in {self._store.directory}. The same command continues."
         )
 
     # ------------------------------------------------------------ the result

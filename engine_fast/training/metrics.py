@@ -69,14 +69,14 @@ class MetricsLog:
     """Appends lines to metrics.jsonl and scalars to TensorBoard. Only rank 0 has one."""
 
     def __init__(self, directory: Path, *, update: int, validated: int, tensorboard: bool) -> None:
-        """Start after `update` (-1: from nothing). Lines beyond it, and validations beyond `validated`, will come again."""
+        """Start after `update` (-1: afresh). Later lines, and validations after `validated`, will come again."""
         self.path = directory / "metrics.jsonl"
         _truncate(self.path, {"train": update, "valid": validated})
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _board(directory / "tensorboard", update) if tensorboard else None
 
     def write(self, kind: str, update: int, values: Mapping[str, float]) -> None:
-        """One line {"kind": .., "update": .., **values}, in the file when this returns; values JSON cannot hold are left out."""
+        """One line {"kind", "update", **values}, in the file when this returns, without values that are not finite."""
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         record = {"kind": kind, "update": update, **values}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")

@@ -9,7 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_UNITS = (("loss", "loss {:.3f}"), ("energy", "energy {:.2f}"), ("lr", "lr {:.2e}"), ("tokens_per_second", "{:,.0f} tokens/s"))
+_UNITS = (
+    ("loss", "loss {:.3f}"),
+    ("energy", "energy {:.2f}"),
+    ("lr", "lr {:.2e}"),
+    ("tokens_per_second", "{:,.0f} tokens/s"),
+)
 
 
 class Reporter:

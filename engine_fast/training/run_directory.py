@@ -37,9 +37,7 @@ class RunDirectory:
         same = record.get("seed") == seed and record.get("inputs") == inputs and not self._changes(record, settings)
         return record.get("finished") is True and same and (self.path / "model" / "config.json").is_file()
 
-    def begin(
-        self, config: RunConfig, settings: TrainConfig, *, inputs: dict[str, str], world_size: int
-    ) -> list[str]:
+    def begin(self, config: RunConfig, settings: TrainConfig, *, inputs: dict[str, str], world_size: int) -> list[str]:
         """Write config.yaml and run.json. Returns one line per setting that differs from the last start.
 
         Raises CheckpointError if the directory cannot be written to, or holds what this run may not continue: another
@@ -58,7 +56,9 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             _replace(self.path / "config.yaml", dump_config(config))
         except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be written to ({error.strerror}). Choose another directory.") from error
+            raise CheckpointError(
+                f"{self.path}: cannot be written to ({error.strerror}). Choose another directory."
+            ) from error
         self._write(
             stage=self.stage,
             finished=False,
@@ -104,7 +104,9 @@ class RunDirectory:
         try:
             _replace(self.path / "run.json", json.dumps(record, indent=2) + "\n")
         except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be written to ({error.strerror}). Choose another directory.") from error
+            raise CheckpointError(
+                f"{self.path}: cannot be written to ({error.strerror}). Choose another directory."
+            ) from error
 
 
 def _differences(old: Any, new: Any, key: str) -> list[tuple[str, Any, Any]]:

@@ -1,4 +1,4 @@
-"""Randomness without state: every draw follows from the seed and from where the run is, so resuming needs no generator."""
+"""Randomness without state: draws follow from the seed and from where the run is, so resuming needs no generator."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from engine_fast.data.shards import MANIFEST
 from engine_fast.decoding import greedy, mask_predict
 from engine_fast.distributed import Engine, World, start
 from engine_fast.errors import CheckpointError, VocabularyError, require
-from engine_fast.models import CMLM, Transformer, load_model, save_model
+from engine_fast.models import CMLM, Transformer, freeze, load_model, save_model
 from engine_fast.models.store import LoadedModel
 from engine_fast.training.feeding import Feeder, Subset, fitting
 from engine_fast.training.interrupt import catching_signals
@@ -103,14 +103,15 @@ def train_engine(
             precision != "fp16" or world.device.type == "cuda",
             "engine.teacher_precision", precision, "bf16 or fp32 on a CPU",
         )  # fmt: skip
-        teacher = cast(Transformer, _load(teacher_dir, "transformer", prepared).model)
-        teacher.to(world.device, _DTYPES[precision]).requires_grad_(False)
-        teacher.train(config.engine.teacher_dropout)
+        teacher = cast(Transformer, _load(teacher_dir, "transformer", prepared).model).to(world.device)
+        freeze(teacher, dtype=_DTYPES[precision], dropout=config.engine.teacher_dropout)
         teacher.activation_checkpointing = config.engine.teacher_checkpointing
         return student, lambda module: EngineObjective(cast(CMLM, module), teacher, config.engine)
 
     models = {"teacher": teacher_dir, "cmlm": cmlm_dir}
-    _Job("engine", config, config.engine, prepared, (corpus, valid_corpus), build, _one_pass, models=models).run(directory)
+    _Job("engine", config, config.engine, prepared, (corpus, valid_corpus), build, _one_pass, models=models).run(
+        directory
+    )
 
 
 @dataclass
@@ -134,9 +135,7 @@ class _Job:
         if place.is_finished(self.settings, seed=self.config.seed, inputs=inputs):
             return
         world = start(self.config.runtime)
-        changes = world.on_main(
-            lambda: place.begin(self.config, self.settings, inputs=inputs, world_size=world.size)
-        )
+        changes = world.on_main(lambda: place.begin(self.config, self.settings, inputs=inputs, world_size=world.size))
         with catching_signals() as stop:
             model, objective_of = self.build(world)
             model.activation_checkpointing = self.settings.activation_checkpointing
@@ -229,9 +228,7 @@ class _Job:
         place.finish(updates=progress.update, best_update=progress.best_update, seconds=progress.seconds)
 
 
-def _fresh(
-    kind: Any, architecture: Architecture, config: RunConfig, stage: str, prepared: Prepared
-) -> Any:
+def _fresh(kind: Any, architecture: Architecture, config: RunConfig, stage: str, prepared: Prepared) -> Any:
     seed_torch(config.seed, stage, "init")
     return kind(architecture, len(prepared.source_vocabulary), len(prepared.target_vocabulary))
 
@@ -292,4 +289,6 @@ def _hash_file(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Give a directory that holds a model.") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}). Give a directory that holds a model."
+        ) from error

@@ -1,4 +1,4 @@
-"""Dev figures: the stage's loss over the whole dev set, BLEU of its first sentences, energies where there is a teacher."""
+"""Dev figures: the loss over the whole dev set, BLEU of its first sentences, energies where there is a teacher."""
 
 from __future__ import annotations
 
@@ -105,4 +105,6 @@ class Validator:
                     lines[index] = bleu.vocabulary.decode(ids)
         everywhere = {index: line for part in world.gather(lines) for index, line in part.items()}
         hypotheses = [everywhere[index] for index in range(len(everywhere))]
-        return world.broadcast(corpus_bleu(hypotheses, bleu.references, tokenize=bleu.tokenize) if world.is_main else 0.0)
+        return world.broadcast(
+            corpus_bleu(hypotheses, bleu.references, tokenize=bleu.tokenize) if world.is_main else 0.0
+        )
