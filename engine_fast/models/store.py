@@ -88,7 +88,9 @@ def save_model(
             }
             (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             for path in fresh.iterdir():
+                path.chmod(0o644)  # safetensors and tempfile keep their files to the owner; models are shared
                 _sync(path)
+            fresh.chmod(0o755)
             if directory.exists():
                 shutil.move(directory, Path(name) / "replaced")
             os.replace(fresh, directory)

@@ -20,7 +20,7 @@ from engine_fast.decoding import greedy, mask_predict
 from engine_fast.distributed import Engine, World, start
 from engine_fast.errors import CheckpointError, VocabularyError, require
 from engine_fast.models import CMLM, Transformer, freeze, load_model, save_model
-from engine_fast.models.store import LoadedModel
+from engine_fast.models.store import LoadedModel, copy_matching
 from engine_fast.training.feeding import Feeder, Subset, fitting
 from engine_fast.training.interrupt import catching_signals
 from engine_fast.training.loop import StageName, Trainer
@@ -74,7 +74,7 @@ def train_cmlm(
     def build(world: World) -> tuple[CMLM, Callable[[nn.Module], nn.Module]]:
         model = _fresh(CMLM, config.cmlm.architecture, config, "cmlm", prepared)
         if "teacher" in models:
-            _copy_weights(_load(models["teacher"], "transformer", prepared).model, model)
+            copy_matching(model, _load(models["teacher"], "transformer", prepared).model)
         return model, lambda module: CMLMObjective(cast(CMLM, module), config.cmlm)
 
     _Job("cmlm", config, config.cmlm, prepared, (corpus, valid_corpus), build, _one_pass, models=models).run(directory)
@@ -273,15 +273,6 @@ def _student(cmlm: CMLM, config: RunConfig) -> CMLM:
     student = CMLM(architecture, cmlm.source_size, cmlm.target_size)
     student.load_state_dict(cmlm.state_dict())
     return student
-
-
-def _copy_weights(teacher: nn.Module, student: nn.Module) -> None:
-    """Every tensor whose name and shape agree."""
-    own = dict(student.named_parameters())
-    with torch.no_grad():
-        for name, tensor in teacher.named_parameters():
-            if name in own and own[name].shape == tensor.shape:
-                own[name].copy_(tensor)
 
 
 def _hash_file(path: Path) -> str:

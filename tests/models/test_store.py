@@ -55,6 +55,11 @@ def test_a_joint_vocabulary_is_stored_and_loaded_once(saved):
     assert torch.equal(loaded.model.output.weight, model.output.weight)
 
 
+def test_others_may_read_the_directory(saved):
+    assert saved[0].stat().st_mode & 0o777 == 0o755
+    assert {path.stat().st_mode & 0o777 for path in saved[0].iterdir()} == {0o644}
+
+
 def test_the_other_kind_is_refused(saved):
     with pytest.raises(CheckpointError, match="holds a cmlm model, expected a transformer"):
         load_model(saved[0], kind="transformer")
