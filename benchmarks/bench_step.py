@@ -213,15 +213,16 @@ def main() -> int:
 
 
 def _ratios(rows: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
+    """Ours over each peer; figures against peer_on_our_layers say so in their names."""
     figures = {}
     for subject, providers in rows.items():
-        peer = providers["peer-fp32"]
-        for name, row in providers.items():
-            if name != "peer-fp32":
-                label = f"{subject}_{name.removeprefix('ours-').replace('-', '_')}"
-                figures[f"{label}_speed"] = row["tokens_per_second"] / peer["tokens_per_second"]
-                figures[f"{label}_cpu_speed"] = peer["cpu_seconds_per_step"] / row["cpu_seconds_per_step"]
-                figures[f"{label}_memory"] = row["peak_mib_above_inputs"] / peer["peak_mib_above_inputs"]
+        for peer_name in (name for name in providers if name.startswith("peer")):
+            peer, suffix = providers[peer_name], "" if peer_name == "peer-fp32" else "_on_our_layers"
+            for name in (name for name in providers if name.startswith("ours")):
+                row, label = providers[name], f"{subject}_{name.removeprefix('ours-')}"
+                figures[f"{label}_speed{suffix}"] = row["tokens_per_second"] / peer["tokens_per_second"]
+                figures[f"{label}_cpu_speed{suffix}"] = peer["cpu_seconds_per_step"] / row["cpu_seconds_per_step"]
+                figures[f"{label}_memory{suffix}"] = row["peak_mib_above_inputs"] / peer["peak_mib_above_inputs"]
     return figures
 
 
