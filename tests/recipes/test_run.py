@@ -149,7 +149,6 @@ def test_every_recipe_is_valid(path: Path) -> None:
     )
 
 
-@pytest.mark.slow
 def test_kill_9_in_every_stage_changes_nothing(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
