@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,6 +34,7 @@ def distill(
     import torch
 
     from engine_fast.config import DistillConfig
+    from engine_fast.data.atomic import only_one
     from engine_fast.data.prepared import Prepared
     from engine_fast.decoding.distill import distill as run
     from engine_fast.models import load_model
@@ -50,7 +52,9 @@ def distill(
         precision=precision,
     )
     teacher = load_model(model, kind="transformer")
-    corpus = run(teacher, Prepared.open(data), config, out, split=split, rank=rank, world_size=world_size, device=where)
+    prepared = Prepared.open(data)
+    with only_one(out) if rank == 0 else nullcontext():
+        corpus = run(teacher, prepared, config, out, split=split, rank=rank, world_size=world_size, device=where)
     if rank == 0:
         print(f"{out}: {len(corpus)} pairs", file=sys.stderr)
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from engine_fast.errors import ConfigError
+
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Directory of a run whose models are trained.", show_default=False)],
@@ -20,6 +22,8 @@ def evaluate(
     from engine_fast.config import load_config
     from engine_fast.recipes.run import run as run_recipe
 
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{run}: no config.yaml here, so not a run. Give the --out of `engine-fast run` or `demo`.")
     settings = load_config(run / "config.yaml", overrides or [])
     results = run_recipe(settings, run, say=say, redo=("evaluate",), only=("evaluate", "report"))
     if results is not None:

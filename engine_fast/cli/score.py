@@ -30,6 +30,11 @@ def score(
     from engine_fast.data.text import iter_pairs
     from engine_fast.models import load_model
 
+    for path in (source, target):
+        if path.is_fifo():
+            raise DataError(
+                f"{path}: a pipe, expected a file, because it is read twice. Write the text to a file first."
+            )
     for _ in iter_pairs(source, target):  # unaligned files are refused before anything is written
         pass
     teacher = load_model(model, device=pick_device(device), dtype=pick_dtype(precision), kind="transformer")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,6 +33,7 @@ def train(
     Several processes: `deepspeed --module engine_fast.cli.main train ...`, or `torchrun -m` likewise.
     """
     from engine_fast.config import load_config
+    from engine_fast.data.atomic import only_one
     from engine_fast.data.corpus import ParallelCorpus
     from engine_fast.data.prepared import Prepared
 
@@ -47,16 +50,21 @@ def train(
                 f"{stage}.data = 'distilled' needs --distilled: a directory that `engine-fast distill` wrote. "
                 f"Or train on the corpus itself with --set {stage}.data=references."
             )
+        if not distilled.is_dir():
+            raise ConfigError(
+                f"--distilled {distilled}: no such directory. Give the one that `engine-fast distill` wrote."
+            )
         corpus = ParallelCorpus.open(distilled / "corpus" if (distilled / "corpus").is_dir() else distilled)
     valid = prepared.split("valid")
 
     from engine_fast.training import train_cmlm, train_engine, train_teacher
 
-    if stage == "teacher":
-        train_teacher(settings, prepared, out)
-    elif stage == "cmlm":
-        train_cmlm(settings, prepared, corpus, out, valid_corpus=valid, teacher_dir=teacher)
-    else:
-        assert teacher is not None
-        assert student is not None
-        train_engine(settings, prepared, corpus, out, valid_corpus=valid, teacher_dir=teacher, cmlm_dir=student)
+    with only_one(out) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        if stage == "teacher":
+            train_teacher(settings, prepared, out)
+        elif stage == "cmlm":
+            train_cmlm(settings, prepared, corpus, out, valid_corpus=valid, teacher_dir=teacher)
+        else:
+            assert teacher is not None
+            assert student is not None
+            train_engine(settings, prepared, corpus, out, valid_corpus=valid, teacher_dir=teacher, cmlm_dir=student)

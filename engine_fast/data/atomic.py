@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine_fast.errors import DataError
+from engine_fast.errors import ConfigError, DataError
 
 _LOCK = ".lock"
 _MOMENTS = 60.0
@@ -53,6 +53,26 @@ def new_directory(final: Path, *, marker: str) -> Iterator[Path]:
         if lock is not None:
             os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def only_one(directory: Path) -> Iterator[None]:
+    """Make `directory` and hold its .lock, so that two commands never write into it at once.
+
+    Raises ConfigError when another process holds the lock, or a file stands where the directory should be.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"{directory}: a file is in the way, expected a directory. Choose another --out.") from error
+    with (directory / _LOCK).open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{directory}: another engine-fast works here. Wait for it, or choose another --out."
+            ) from error
+        yield
 
 
 @contextmanager

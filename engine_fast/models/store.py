@@ -179,10 +179,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{directory}: no config.json here, so not a model directory. Give the one that train or import wrote."
-        ) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        inside = directory / "model"
+        hint = f"Give {inside}." if inside.is_dir() else "Give the one that train or import wrote."
+        raise CheckpointError(f"{directory}: no config.json here, so not a model directory. {hint}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path}: cannot be read ({error}). The directory is damaged: export the model again."

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from engine_fast.config import RunConfig, dump_config
+from engine_fast.data.atomic import only_one
 from engine_fast.distributed import World, start
-from engine_fast.errors import ConfigError
 from engine_fast.evaluation.files import write_atomic
 from engine_fast.evaluation.results import read_results
 from engine_fast.recipes.execute import Say, run_graph
@@ -47,12 +46,5 @@ def _locked(out: Path, world: World) -> Iterator[None]:
     if not world.is_main:
         yield
         return
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"{out}: another engine-fast works here. Wait for it, or choose another --out."
-            ) from error
+    with only_one(out):
         yield

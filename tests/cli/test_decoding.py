@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from engine_fast.cli.main import app
+from engine_fast.data.atomic import only_one
 from engine_fast.data.corpus import ParallelCorpus
 from engine_fast.data.symbols import EOS
 from engine_fast.data.vocabulary import DictionaryVocabulary
@@ -126,6 +127,8 @@ def test_options_without_effect_are_told(teacher: Path, student: Path) -> None:
 
 def test_a_wrong_model_is_refused(teacher: Path, student: Path, tmp_path: Path) -> None:
     assert "not a model directory" in call("translate", "--model", tmp_path).stderr
+    (tmp_path / "model").mkdir()
+    assert f"Give {tmp_path / 'model'}." in call("translate", "--model", tmp_path).stderr
     assert "expected a transformer model" in call("translate", "--model", student, "--rerank", student).stderr
     vocabulary = DictionaryVocabulary(WORDS[::-1])
     save_model(tmp_path / "other", make_teacher().float(), vocabulary, vocabulary)
@@ -192,6 +195,10 @@ def test_score_refuses_what_it_cannot_score(teacher: Path, student: Path, tmp_pa
     assert "line 2: 25 tokens" in result.stderr
     assert "expected a transformer" in call("score", "--model", student, tmp_path / "two", tmp_path / "two").stderr
     assert "cannot be read" in call("score", "--model", teacher, tmp_path / "two", tmp_path / "none").stderr
+    os.mkfifo(tmp_path / "pipe")
+    assert (
+        "pipe: a pipe, expected a file" in call("score", "--model", teacher, tmp_path / "two", tmp_path / "pipe").stderr
+    )
 
 
 def test_distill_writes_a_corpus_and_shares_it_among_ranks(
@@ -209,6 +216,10 @@ def test_distill_writes_a_corpus_and_shares_it_among_ranks(
     corpus = ParallelCorpus.open(tmp_path / "out" / "corpus")
     translated = Translator(load_model(teacher), DecodeSettings(beam=2)).translate_ids(data.rows)
     assert [corpus.target(i).tolist() for i in range(30)] == [h.tokens for h in translated]
+    with only_one(tmp_path / "out"):
+        result = call(*args, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "another engine-fast works here" in result.stderr
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = call(*args, "--out", tmp_path / "other")

@@ -118,6 +118,21 @@ def test_run_refuses_a_missing_config(tmp_path: Path) -> None:
     assert "none.yaml" in result.stderr
 
 
+def test_run_refuses_a_file_as_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine\n")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        result = RUNNER.invoke(app, ["demo", "--out", str(out)])
+        assert result.exit_code == 2
+        assert f"{out}: a file is in the way, expected a directory" in result.stderr
+    assert (tmp_path / "file").read_text() == "mine\n"
+
+
+def test_evaluate_of_nothing_says_what_to_give(tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["evaluate", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "no config.yaml here, so not a run" in result.stderr
+
+
 def test_report_of_nothing_says_what_to_run(tmp_path: Path) -> None:
     result = RUNNER.invoke(app, ["report", str(tmp_path)])
     assert result.exit_code == 2

@@ -5,6 +5,7 @@ from typer.testing import CliRunner
 
 from engine_fast.cli.main import app
 from engine_fast.config import dump_config
+from engine_fast.data.atomic import only_one
 
 from .conftest import make_config
 
@@ -45,6 +46,7 @@ def test_the_three_stages_follow_each_other(train, tmp_path):
             "cmlm.from_teacher = True, expected false when there is no teacher",
         ),
         ("teacher", ["--set", "teacher.learning_rate=1"], "teacher.learning_rate is not a known key"),
+        ("cmlm", ["--set", "cmlm.data=distilled", "--distilled", "/nowhere"], "/nowhere: no such directory"),
         ("engine", ["--teacher", "/nowhere", "--student", "/nowhere"], "/nowhere"),
     ],
 )
@@ -53,6 +55,14 @@ def test_what_is_missing_is_named(train, stage, options, message):
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_two_trainings_never_share_a_directory(train, tmp_path):
+    with only_one(tmp_path / "teacher"):
+        result = train("teacher")
+    assert result.exit_code == 2
+    assert "another engine-fast works here" in result.stderr
+    assert not (tmp_path / "teacher" / "run.json").exists()
 
 
 def test_the_launchers_option_is_accepted(data_dir, tmp_path):
