@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
@@ -128,4 +129,16 @@ def extension() -> Any:
     return CUDAExtension(sources=[str(path.relative_to(ROOT)) for path in sources], **arguments)
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=False)})
+class WithConfigs(build_py):
+    """Puts configs/ into the wheel, as engine_fast/configs: `engine-fast demo` works without a clone."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            self.copy_tree(str(ROOT / "configs"), str(Path(self.build_lib) / "engine_fast" / "configs"))
+
+
+setup(
+    ext_modules=[extension()],
+    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=False), "build_py": WithConfigs},
+)

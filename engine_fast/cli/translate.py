@@ -30,14 +30,17 @@ SIGPIPE_EXIT = 141
 def translate(
     model: Annotated[Path, typer.Option(help="Model directory: a student (cmlm, engine) or a teacher.")],
     iterations: Annotated[int | None, typer.Option(min=1, help="Student: mask-predict passes. [1]")] = None,
-    length_beam: Annotated[int | None, typer.Option(min=1, help="Student: length candidates. [3]")] = None,
+    length_beam: Annotated[
+        int | None, typer.Option(min=1, help="Student: length candidates. [the recipe's, else 3]")
+    ] = None,
     beam: Annotated[int | None, typer.Option(min=1, help="Teacher: beam; 1 is greedy. [5]")] = None,
     length_penalty: Annotated[
         float | None, typer.Option(min=0, help="Teacher's scores are divided by length to this power. [1]")
     ] = None,
     n_best: Annotated[int, typer.Option(min=1, help="Above 1: lines of `line ||| text ||| score`, best first.")] = 1,
     rerank: Annotated[
-        Path | None, typer.Option(help="Student: the teacher whose energy chooses among the length candidates.")
+        Path | None,
+        typer.Option(help="Student: the teacher that chooses the length candidate of least energy per token."),
     ] = None,
     oracle_lengths: Annotated[
         Path | None, typer.Option(help="Student: reference translations whose lengths are used, one a line.")
@@ -56,6 +59,8 @@ def translate(
     from engine_fast.decoding import DecodeSettings, Translator
     from engine_fast.models import load_model
 
+    if sys.stdin is None or sys.stdout is None:
+        raise DataError("standard input or output is closed, expected text in and text out. Redirect both, or pipe.")
     where, dtype = pick_device(device), pick_dtype(precision)
     loaded = load_model(model, device=where, dtype=dtype)
     _warn_without_effect(
@@ -72,7 +77,7 @@ def translate(
     settings = DecodeSettings(
         beam=beam or max(5, n_best),
         iterations=iterations or 1,
-        length_beam=length_beam or max(3, n_best),
+        length_beam=length_beam or max(loaded.card.get("length_beam", 3), n_best),
         length_penalty=1.0 if length_penalty is None else length_penalty,
         n_best=n_best,
         max_tokens=max_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from engine_fast.models.stacks import EncoderDecoder
 from engine_fast.models.transformer import Transformer
 
 FORMAT = 1
+WEIGHTS = "model.safetensors"
 KINDS: dict[str, type[Transformer] | type[CMLM]] = {"transformer": Transformer, "cmlm": CMLM}
 
 
@@ -66,7 +68,7 @@ def save_model(
             files = {"target": target_vocabulary.save(fresh, "joint" if joint else "target")}
             files["source"] = files["target"] if joint else source_vocabulary.save(fresh, "source")
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in unique_state(model).items()}
-            save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+            save_file(weights, fresh / WEIGHTS, metadata={"format": "pt"})
             config = {
                 "format": FORMAT,
                 "engine_fast": __version__,
@@ -84,6 +86,7 @@ def save_model(
                         "hash": target_vocabulary.fingerprint,
                     },
                 },
+                "weights": {"sha256": _sha256(fresh / WEIGHTS)},
                 "card": card or {},
             }
             (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -126,8 +129,10 @@ def load_model(
     except ValidationError as error:
         raise CheckpointError(f"{directory}/config.json: the architecture cannot be used ({error}).") from error
     model = KINDS[config["kind"]](architecture, len(vocabularies[0]), len(vocabularies[1]))
-    weights = directory / "model.safetensors"
+    weights = directory / WEIGHTS
     try:
+        if _sha256(weights) != config["weights"]["sha256"]:
+            raise CheckpointError(f"{weights}: its bytes have changed since it was written. Export the model again.")
         state = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{weights}: missing or damaged ({error}). Export or train the model again.") from error
@@ -193,7 +198,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{path}: format {got!r}, expected {FORMAT} with kind {' or '.join(KINDS)}. "
             "Use the version that wrote it, or export again."
         )
-    missing = [key for key in ("architecture", "vocabularies") if key not in config]
+    missing = [key for key in ("architecture", "vocabularies", "weights") if key not in config]
     if missing:
         raise CheckpointError(
             f"{path}: {', '.join(missing)} missing. The directory is damaged: export the model again."
@@ -213,6 +218,11 @@ def _read_vocabulary(directory: Path, side: str, entry: dict[str, Any]) -> Vocab
             "The vocabulary file was changed: put the original back."
         )
     return vocabulary
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

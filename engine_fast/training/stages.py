@@ -224,6 +224,8 @@ class _Job:
             self.settings.early_stop.metric: progress.best_score,
             "settings": self.settings.model_dump(mode="json"),
         }
+        if self.stage != "teacher":  # what `translate` takes unless told otherwise
+            card["length_beam"] = getattr(self.config.evaluate, f"{self.stage}_length_beam")
         save_model(directory / "model", model, *vocabularies, card=card)
         place.finish(updates=progress.update, best_update=progress.best_update, seconds=progress.seconds)
 

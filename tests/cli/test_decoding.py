@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,30 @@ def test_student_translates_standard_input(student: Path) -> None:
     expected = Translator(load_model(student), settings).translate(TEXT.splitlines())
     assert result.exit_code == 0, result.stderr
     assert result.stdout.split("\n") == [*expected, ""]
+
+
+def test_the_recipe_decides_the_length_beam_unless_told(student: Path, tmp_path: Path) -> None:
+    loaded = load_model(student)
+    save_model(
+        tmp_path / "one", loaded.model, loaded.source_vocabulary, loaded.target_vocabulary, card={"length_beam": 1}
+    )
+    by_default = {
+        path: call("translate", "--model", path, "--n-best", "1", stdin=TEXT).stdout
+        for path in (student, tmp_path / "one")
+    }
+    for path, length_beam in ((student, 3), (tmp_path / "one", 1)):
+        settings = DecodeSettings(length_beam=length_beam)
+        expected = Translator(loaded, settings).translate(TEXT.splitlines())
+        assert by_default[path].split("\n") == [*expected, ""]
+    assert by_default[student] != by_default[tmp_path / "one"]
+
+
+def test_a_closed_standard_input_is_told(student: Path) -> None:
+    command = f"{shlex.quote(sys.executable)} -m engine_fast.cli.main translate --model {shlex.quote(str(student))} <&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "standard input or output is closed" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_bf16_and_nothing_at_all(student: Path) -> None:

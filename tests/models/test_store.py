@@ -70,14 +70,17 @@ def test_a_missing_directory_names_itself(tmp_path):
         load_model(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "garbage"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "garbage", "flip"])
 def test_damaged_weights_are_named(saved, damage):
     weights = saved[0] / "model.safetensors"
     content = weights.read_bytes()
     weights.unlink()
     if damage != "remove":
-        weights.write_bytes(content[: len(content) // 2] if damage == "truncate" else b"x" * 64)
-    with pytest.raises(CheckpointError, match=r"model.safetensors: missing or damaged"):
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        weights.write_bytes({"truncate": content[:middle], "garbage": b"x" * 64, "flip": flipped}[damage])
+    wanted = "missing or damaged" if damage == "remove" else "its bytes have changed"
+    with pytest.raises(CheckpointError, match=rf"model.safetensors: {wanted}"):
         load_model(saved[0])
 
 
