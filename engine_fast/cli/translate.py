@@ -97,6 +97,8 @@ def translate(
                 for number, translations in enumerate(found)
                 for text, hypothesis in translations
             )
+    if lengths is not None and next(lengths, None) is not None:
+        raise DataError(f"{oracle_lengths}: has more lines than standard input, expected one for each. Align the two.")
 
 
 def pick_device(device: Device) -> torch.device:

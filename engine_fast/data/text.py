@@ -75,6 +75,11 @@ def iter_pairs(source: Path, target: Path) -> Iterator[tuple[str, str]]:
         if one is None or other is None:
             rest = count + 1 + sum(1 for _ in (targets if one is None else sources))
             num_source, num_target = (count, rest) if one is None else (rest, count)
+            if not min(num_source, num_target):
+                empty, full = (target, source) if num_source else (source, target)
+                raise DataError(
+                    f"{empty} is empty (0 lines), expected the {rest} lines that {full} has. Copy or make it again."
+                )
             raise DataError(
                 f"{source} has {num_source} lines and {target} has {num_target}: line i of both must be one pair. "
                 "Align the files again."
