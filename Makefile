@@ -41,7 +41,7 @@ $(STAMP): $(BUILT_FROM) | $(BIN)/python
 	$(PIP) install --no-build-isolation -e '.[dev]'
 	@touch $@
 
-demo: install  ## generated corpus to ENGINE student, with a report (about 15 minutes on two cores)
+demo: install  ## generated corpus to ENGINE student, with a report (minutes on two cores)
 	$(BIN)/engine-fast demo --out $(OUT) --seed $(SEED) $(ARGS)
 
 # One thread a worker: torch's own pool in each of them makes two cores slower, not faster.
