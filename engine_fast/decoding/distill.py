@@ -120,9 +120,10 @@ def distill(
                     raise
     if rank == 0:
         _assemble(directory, key, corpus, paths, config, prepared)
-        shutil.rmtree(chunks, ignore_errors=True)
     while not _finished(directory, key):
         time.sleep(_POLL_SECONDS)
+    # By every rank, after its own last chunk: one that came late may have written into a folder that was being removed.
+    shutil.rmtree(chunks, ignore_errors=True)
     return ParallelCorpus.open(directory / CORPUS)
 
 
