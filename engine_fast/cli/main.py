@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -103,7 +104,14 @@ def _root(
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    try:
+        app()
+    except SystemExit as ended:
+        if "RANK" in os.environ and isinstance(ended.code, int | None):
+            from engine_fast.distributed.runtime import leave
+
+            leave(ended.code or 0)
+        raise
 
 
 if __name__ == "__main__":

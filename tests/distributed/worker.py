@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engine_fast.config import OptimConfig, RuntimeConfig, TrainConfig
 from engine_fast.distributed import Engine, start
+from engine_fast.distributed.runtime import leave
 
 NUM_MICRO, NUM_UPDATES, WIDTH = 4, 5, 7
 
@@ -67,3 +68,4 @@ if __name__ == "__main__":
     result = main(int(sys.argv[1]), sys.argv[2])
     if result["rank"] == 0:
         print("RESULT " + json.dumps(result))
+    leave(0)
