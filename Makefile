@@ -64,9 +64,11 @@ format: install  ## apply ruff's fixes and formatting
 cuda-check: install  ## compile the CUDA sources where nvcc exists; needs no GPU
 	.ci/cuda-check $(BIN)/python
 
-bench: install  ## every benchmark, one after the other
-	@for file in benchmarks/bench_*.py; do \
-	  module=benchmarks.$$(basename $$file .py); echo "== $$module"; $(BIN)/python -m $$module $(ARGS); done
+bench: install  ## every benchmark, one after the other; fails at the end if any fell below a floor
+	@failed=""; for file in benchmarks/bench_*.py; do \
+	  module=benchmarks.$$(basename $$file .py); echo "== $$module"; \
+	  $(BIN)/python -m $$module $(ARGS) || failed="$$failed $$module"; done; \
+	if [ -n "$$failed" ]; then echo "make: failed:$$failed" >&2; exit 1; fi
 
 clean:  ## remove what was built; runs/ and .venv stay
 	rm -rf build *.egg-info engine_fast/_C.*.so $(STAMP) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

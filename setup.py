@@ -34,6 +34,8 @@ except ImportError as error:
         "`make install` does all of this."
     )
 
+# at::vec has pragmas for other compilers, and g++ 12 warns of its own intrinsics' headers.
+CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
 ISA_FLAGS = {
     "default": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"],
@@ -110,14 +112,16 @@ class Build(BuildExtension):
 
 
 def extension() -> Any:
-    sources = [ROOT / "csrc" / "ops.cpp", *sorted(ROOT.glob("csrc/host/*.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+    sources = [ROOT / "csrc" / "ops.cpp"]
+    for folder in ("host", "cpu", "aten"):
+        sources += sorted(ROOT.glob(f"csrc/{folder}/*.cpp"))
     arguments: dict[str, Any] = {
         "name": "engine_fast._C",
-        "include_dirs": [pybind11.get_include()],
+        "include_dirs": [pybind11.get_include(), str(ROOT / "csrc")],
         "depends": [
             str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))
         ],  # source archives take them
-        "extra_compile_args": {"cxx": ["-O3", "-g0", "-std=c++20", "-Wall", *ISA_FLAGS[cpu_isa()]]},
+        "extra_compile_args": {"cxx": [*CXX_FLAGS, *ISA_FLAGS[cpu_isa()]]},
     }
     if cuda_version() is None:
         return CppExtension(sources=[str(path.relative_to(ROOT)) for path in sources], **arguments)

@@ -1,10 +1,13 @@
-// The module engine_fast._C: how it was built, and the batch packer. No tensor crosses pybind11; numpy arrays do.
+// Every operator's schema, and the module engine_fast._C: how it was built, and the batch packer. No tensor crosses
+// pybind11; numpy arrays do.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <string>
 
+#include "aten/operators.h"
 #include "checks.h"
 #include "host/batching.h"
 
@@ -60,3 +63,52 @@ PYBIND11_MODULE(_C, m) {
         py::arg("order").noconvert(), py::arg("max_tokens"), py::arg("max_sentences"),
         "Offsets into `order` that cut it into batches within a token budget; see csrc/host/batching.h.");
 }
+
+// N rows, V words. Every operator ends with the options of csrc/aten/options.h. Functional, but for energy_backward_.
+#define EF_OPTIONS "Tensor? noise, Tensor? seed, Tensor? ignore, bool hard, bool identity, float temperature"
+#define EF_WEIGHTED "Tensor? noise, Tensor? seed, Tensor? weight, Tensor? ignore, bool hard, bool identity, float temperature"
+#define EF_HEADS \
+  "Tensor h_student, Tensor w_student, Tensor? b_student, Tensor h_teacher, Tensor w_teacher, Tensor? b_teacher"
+
+TORCH_LIBRARY(engine_fast, m) {
+  m.def("energy(Tensor z, Tensor s, " EF_WEIGHTED ", bool overwrite) -> (Tensor energy, Tensor stats)");
+  m.def("energy_backward(Tensor grad, Tensor z, Tensor s, Tensor stats, " EF_WEIGHTED
+        ", bool need_z, bool need_s) -> (Tensor dz, Tensor ds)");
+  m.def("energy_backward_(Tensor grad, Tensor z, Tensor s, Tensor stats, " EF_WEIGHTED
+        ", Tensor(a!)? dz, Tensor(b!)? ds) -> ()");
+  m.def("soft_embedding(Tensor z, Tensor table, " EF_OPTIONS ") -> (Tensor x, Tensor stats)");
+  m.def("soft_embedding_backward(Tensor grad, Tensor z, Tensor table, Tensor stats, " EF_OPTIONS
+        ", bool need_z, bool need_table) -> (Tensor dz, Tensor dtable)");
+  m.def("linear_energy(" EF_HEADS ", " EF_WEIGHTED ") -> Tensor energy");
+  m.def("linear_energy_gradients(Tensor grad, " EF_HEADS ", " EF_WEIGHTED
+        ", bool[] needs) -> (Tensor energy, Tensor dh_student, Tensor dw_student, Tensor db_student,"
+        " Tensor dh_teacher, Tensor dw_teacher, Tensor db_teacher)");
+  m.def("linear_energy_sum(" EF_HEADS ", " EF_WEIGHTED
+        ", bool[] needs, bool overwrite) -> (Tensor total, Tensor dh_student, Tensor dw_student, Tensor db_student,"
+        " Tensor dh_teacher, Tensor dw_teacher, Tensor db_teacher)");
+  m.def("teacher_energy(Tensor z, Tensor h_teacher, Tensor w_teacher, Tensor? b_teacher, " EF_WEIGHTED
+        ", bool need_hidden, bool overwrite) -> (Tensor energy, Tensor s, Tensor stats, Tensor dh_teacher)");
+  m.def("linear_soft_embedding(Tensor h, Tensor w_student, Tensor? b_student, Tensor table, " EF_OPTIONS
+        ", bool keep_logits) -> (Tensor x, Tensor z)");
+  m.def("linear_soft_embedding_backward(Tensor? grad, Tensor? grad_z, Tensor h, Tensor w_student, Tensor? b_student,"
+        " Tensor table, Tensor? z, " EF_OPTIONS ", bool[] needs)"
+        " -> (Tensor dh, Tensor dw_student, Tensor db_student, Tensor dtable)");
+}
+
+#define EF_IMPLEMENTATIONS(m)                                                               \
+  m.impl("energy", &engine_fast::energy);                                                   \
+  m.impl("energy_backward", &engine_fast::energy_backward);                                 \
+  m.impl("energy_backward_", &engine_fast::energy_backward_);                               \
+  m.impl("soft_embedding", &engine_fast::soft_embedding);                                   \
+  m.impl("soft_embedding_backward", &engine_fast::soft_embedding_backward);                 \
+  m.impl("linear_energy", &engine_fast::linear_energy);                                     \
+  m.impl("linear_energy_gradients", &engine_fast::linear_energy_gradients);                 \
+  m.impl("linear_energy_sum", &engine_fast::linear_energy_sum);                             \
+  m.impl("teacher_energy", &engine_fast::teacher_energy);                                   \
+  m.impl("linear_soft_embedding", &engine_fast::linear_soft_embedding);                     \
+  m.impl("linear_soft_embedding_backward", &engine_fast::linear_soft_embedding_backward)
+
+TORCH_LIBRARY_IMPL(engine_fast, CPU, m) { EF_IMPLEMENTATIONS(m); }
+#ifdef ENGINE_FAST_WITH_CUDA
+TORCH_LIBRARY_IMPL(engine_fast, CUDA, m) { EF_IMPLEMENTATIONS(m); }
+#endif

@@ -172,6 +172,9 @@ class EngineConfig(TrainConfig):
     """Smoothing of that cross-entropy."""
     data: Literal["distilled", "references"] = "distilled"
     """Where target lengths (and the alpha term's targets) come from."""
+    head_memory: Literal["keep", "recompute"] = "keep"
+    """keep: the (rows, vocabulary) logits of student and teacher stay for the backward pass, once each; recompute: they
+    exist for one tile of rows at a time, for 11 products with the vocabulary's matrices instead of 7."""
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Of the frozen teacher; default: the student's."""
     teacher_dropout: bool = False

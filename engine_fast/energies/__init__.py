@@ -1,6 +1,22 @@
 """What a frozen teacher says of a translation, discrete or relaxed."""
 
-from engine_fast.energies.relaxed import Relaxation, inner_positions, relaxed_energy
+from engine_fast.energies.relaxed import (
+    GivenLogits,
+    KeptLogits,
+    RecomputedLogits,
+    Relaxation,
+    inner_positions,
+    relaxed_energy,
+)
 from engine_fast.energies.score import discrete_energy, token_energies
 
-__all__ = ["Relaxation", "discrete_energy", "inner_positions", "relaxed_energy", "token_energies"]
+__all__ = [
+    "GivenLogits",
+    "KeptLogits",
+    "RecomputedLogits",
+    "Relaxation",
+    "discrete_energy",
+    "inner_positions",
+    "relaxed_energy",
+    "token_energies",
+]

@@ -7,7 +7,7 @@ which is the end symbol), V vocabulary, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from engine_fast import ops
 from engine_fast.data.symbols import EOS, PAD
-from engine_fast.models import Memory, Transformer
+from engine_fast.models import EncoderDecoder, Memory, Transformer
+
+Reduction = Literal["none", "sum"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +36,103 @@ def inner_positions(target_BT: Tensor) -> Tensor:
     return F.pad(target_BT[:, 1:] != PAD, (0, 1), value=False)
 
 
+class Logits(Protocol):
+    """The student's logits of the M rows, as relaxed_energy needs them: first embedded, then scored."""
+
+    def embed(self, table_VD: Tensor, operator: str, **options: Any) -> Tensor:
+        """(M, D) = O(z) @ table."""
+        ...
+
+    def energy(
+        self, hidden_MD: Tensor, teacher: EncoderDecoder, operator: str, reduction: Reduction, **options: Any
+    ) -> Tensor:
+        """(M,) energies, or their sum, of z against the teacher's logits of hidden_MD."""
+        ...
+
+
+@dataclass(slots=True)
+class GivenLogits:
+    """Logits that exist, (M, V)."""
+
+    z_MV: Tensor
+
+    def embed(self, table_VD: Tensor, operator: str, **options: Any) -> Tensor:
+        return ops.soft_embedding(self.z_MV, table_VD, operator, **options)
+
+    def energy(
+        self, hidden_MD: Tensor, teacher: EncoderDecoder, operator: str, reduction: Reduction, **options: Any
+    ) -> Tensor:
+        e_M: Tensor = teacher.project_through(
+            hidden_MD, lambda hidden, weight: ops.teacher_energy(self.z_MV, hidden, weight, operator, **options)
+        )
+        return e_M.sum() if reduction == "sum" else e_M
+
+
+class KeptLogits:
+    """The student's head and O1 in one; the logits are computed once and kept, (M, V), until they are scored."""
+
+    def __init__(self, student: EncoderDecoder, hidden_MD: Tensor) -> None:
+        self._student, self._hidden_MD = student, hidden_MD
+        self._given: GivenLogits | None = None
+
+    @property
+    def z_MV(self) -> Tensor:
+        """What embed() has kept."""
+        assert self._given is not None, "embed() comes first"
+        return self._given.z_MV
+
+    def embed(self, table_VD: Tensor, operator: str, **options: Any) -> Tensor:
+        x_MD, z_MV = self._student.project_through(
+            self._hidden_MD,
+            lambda hidden, weight: ops.linear_soft_embedding_and_logits(hidden, weight, table_VD, operator, **options),
+        )
+        self._given = GivenLogits(z_MV)
+        return cast(Tensor, x_MD)
+
+    def energy(
+        self, hidden_MD: Tensor, teacher: EncoderDecoder, operator: str, reduction: Reduction, **options: Any
+    ) -> Tensor:
+        return GivenLogits(self.z_MV).energy(hidden_MD, teacher, operator, reduction, **options)
+
+
+@dataclass(slots=True)
+class RecomputedLogits:
+    """The student's head fused into both uses: logits exist for a tile of rows at a time, and are computed again."""
+
+    student: EncoderDecoder
+    hidden_MD: Tensor
+
+    def embed(self, table_VD: Tensor, operator: str, **options: Any) -> Tensor:
+        x_MD: Tensor = self.student.project_through(
+            self.hidden_MD,
+            lambda hidden, weight: ops.linear_soft_embedding(hidden, weight, table_VD, operator, **options),
+        )
+        return x_MD
+
+    def energy(
+        self, hidden_MD: Tensor, teacher: EncoderDecoder, operator: str, reduction: Reduction, **options: Any
+    ) -> Tensor:
+        def of_student(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
+            return ops.linear_energy(
+                hidden, weight, teacher_hidden, teacher_weight, operator, reduction=reduction, **options
+            )
+
+        e: Tensor = self.student.project_through(
+            self.hidden_MD,
+            lambda hidden, weight: teacher.project_through(hidden_MD, lambda h, w: of_student(hidden, weight, h, w)),
+        )
+        return e
+
+
 def relaxed_energy(
     teacher: Transformer,
     memory: Memory,
-    z_MV: Tensor,
+    student: Tensor | Logits,
     target_BT: Tensor,
     relaxation: Relaxation,
     *,
     noise: tuple[Tensor | None, Tensor | None] = (None, None),
+    reduction: Reduction = "none",
 ) -> Tensor:
     """E[b] = sum_t -O2(z_t)' log p(. | O1(z_0) .. O1(z_{t-1}), x) - log p(end | O1(z_0) ..), in nats.
 
@@ -50,28 +141,36 @@ def relaxed_energy(
 
     Args:
         memory: the teacher's encoder states.
-        z_MV: student logits of the rows inner_positions(target_BT).
+        student: logits (M, V) of the rows inner_positions(target_BT), or one of the forms above.
         target_BT: only its padding is read: it says how long each sentence is.
         noise: (M, V) Gumbel noise of o1 and of o2; drawn independently when needed and not given.
+        reduction: "sum" adds the sentences up, ().
     Returns: (B,) float32 (float64 for float64 logits).
-    Gradients: to z_MV through both operators; to the teacher's weights only if they require one.
+    Gradients: to the student through both operators; to the teacher's weights only if they require one.
     """
     real_BT, inner_BT = target_BT != PAD, inner_positions(target_BT)
     end_BT = real_BT & ~inner_BT
+    logits: Logits = GivenLogits(student) if isinstance(student, Tensor) else student
     if relaxation.stl_logits == "log_probabilities" and "STL" in (relaxation.o1, relaxation.o2):
-        z_MV = z_MV.log_softmax(-1) if z_MV.dtype == torch.float64 else z_MV.float().log_softmax(-1)
+        if not isinstance(logits, GivenLogits):
+            raise TypeError("stl_logits = 'log_probabilities' needs logits that exist: give a tensor")
+        z_MV = logits.z_MV
+        logits = GivenLogits(z_MV.log_softmax(-1) if z_MV.dtype == torch.float64 else z_MV.float().log_softmax(-1))
 
     table_VD = teacher.embedding_table
-    x_MD = ops.soft_embedding(z_MV, table_VD, relaxation.o1, noise=noise[0], temperature=relaxation.temperature)
+    x_MD = logits.embed(table_VD, relaxation.o1, noise=noise[0], temperature=relaxation.temperature)
     start_B1D = table_VD[EOS].expand(target_BT.shape[0], 1, -1)
     rest_BTD = x_MD.new_zeros(target_BT.shape[0], target_BT.shape[1] - 1, table_VD.shape[1])
     rest_BTD = rest_BTD.masked_scatter(inner_BT[:, :-1, None], x_MD)
     hidden_BTD = teacher.forward_embedded(memory, torch.cat([start_B1D, rest_BTD], dim=1))
 
-    s_MV = teacher.project(hidden_BTD[inner_BT])
+    e = logits.energy(
+        hidden_BTD[inner_BT], teacher, relaxation.o2, reduction, noise=noise[1], temperature=relaxation.temperature
+    )
     s_BV = teacher.project(hidden_BTD[end_BT])
-    e_M = ops.energy(z_MV.to(s_MV.dtype), s_MV, relaxation.o2, noise=noise[1], temperature=relaxation.temperature)
     s_BV = s_BV if s_BV.dtype == torch.float64 else s_BV.float()
     end_B = F.cross_entropy(s_BV, target_BT.new_full((len(s_BV),), EOS), reduction="none")
-    energy_BT = e_M.new_zeros(target_BT.shape).masked_scatter(inner_BT, e_M).masked_scatter(end_BT, end_B)
+    if reduction == "sum":
+        return e + end_B.sum()
+    energy_BT = e.new_zeros(target_BT.shape).masked_scatter(inner_BT, e).masked_scatter(end_BT, end_B.to(e.dtype))
     return energy_BT.sum(-1)

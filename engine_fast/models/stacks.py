@@ -102,6 +102,14 @@ class Decoder(Stack):
         return self.final_norm(x)  # type: ignore[no-any-return]
 
 
+class Head(nn.Linear):
+    """The vocabulary's matrix, (V, D). A fused operator is called through it: under ZeRO-3 it is whole only in here."""
+
+    def forward(self, hidden: Tensor, through: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """(..., D) -> (..., V) logits; or whatever through(hidden, weight) makes of them."""
+        return super().forward(hidden) if through is None else through(hidden, self.weight)
+
+
 class EncoderDecoder(nn.Module):
     """What both kinds share: two stacks, one output table, tying and initialisation."""
 
@@ -117,7 +125,7 @@ class EncoderDecoder(nn.Module):
             )
         self.encoder = Encoder(architecture, source_size)
         self.decoder = Decoder(architecture, target_size, self.encoder.embedding if architecture.tie == "all" else None)
-        self.output = nn.Linear(architecture.width, target_size, bias=False)
+        self.output = Head(architecture.width, target_size, bias=False)
         if architecture.tie != "none":
             self.output.weight = self.decoder.embedding.weight
         self.reset_parameters()
@@ -139,6 +147,10 @@ class EncoderDecoder(nn.Module):
     def project(self, hidden: Tensor) -> Tensor:
         """(..., D) decoder outputs -> (..., V) logits."""
         return self.output(hidden)  # type: ignore[no-any-return]
+
+    def project_through(self, hidden: Tensor, through: Callable[[Tensor, Tensor], Any]) -> Any:
+        """through(hidden, the head's (V, D) weight), where the weight is whole."""
+        return self.output(hidden, through)
 
     def reset_parameters(self) -> None:
         """Xavier: linear weights Xavier uniform, embeddings N(0, 1/D). Normal: everything N(0, init_std). Biases 0."""

@@ -1,7 +1,24 @@
 """The vocabulary-sized operations of ENGINE. Every function here has its definition in `ops.reference`."""
 
 from engine_fast.ops import reference
-from engine_fast.ops.closed import energy, soft_embedding
-from engine_fast.ops.reference import linear_energy, linear_soft_embedding
+from engine_fast.ops.energy import energy
+from engine_fast.ops.library import implementation, using
+from engine_fast.ops.linear import (
+    linear_energy,
+    linear_soft_embedding,
+    linear_soft_embedding_and_logits,
+    teacher_energy,
+)
+from engine_fast.ops.soft_embedding import soft_embedding
 
-__all__ = ["energy", "linear_energy", "linear_soft_embedding", "reference", "soft_embedding"]
+__all__ = [
+    "energy",
+    "implementation",
+    "linear_energy",
+    "linear_soft_embedding",
+    "linear_soft_embedding_and_logits",
+    "reference",
+    "soft_embedding",
+    "teacher_energy",
+    "using",
+]

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from engine_fast.config import CMLMConfig, EngineConfig, TeacherConfig
 from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import EOS, MASK, PAD
-from engine_fast.energies import Relaxation, inner_positions, relaxed_energy, token_energies
+from engine_fast.energies import (
+    GivenLogits,
+    KeptLogits,
+    RecomputedLogits,
+    Relaxation,
+    inner_positions,
+    relaxed_energy,
+    token_energies,
+)
 from engine_fast.models import CMLM, Transformer, shift_right
 
 
@@ -96,15 +104,20 @@ class EngineObjective(nn.Module):
         return self._teacher[0]
 
     def forward(self, batch: Batch, *, noise: tuple[Tensor | None, Tensor | None] = (None, None)) -> Loss:
-        z_MV, end_BV, length_logits_BL = self._student_logits(batch)
+        hidden_BTD, length_logits_BL = self._student_states(batch)
+        real_BT, inner_BT = batch.target != PAD, inner_positions(batch.target)
+        logits = self._logits(hidden_BTD[inner_BT])
         with torch.no_grad():
             memory = self.teacher.encode(batch.source)
-        energy = relaxed_energy(self.teacher, memory, z_MV, batch.target, self.relaxation, noise=noise).sum()
+        energy = relaxed_energy(
+            self.teacher, memory, logits, batch.target, self.relaxation, noise=noise, reduction="sum"
+        )
         length_loss, length_correct = length_cross_entropy(length_logits_BL, batch.target)
         total = energy + self.config.length_loss_weight * length_loss
         stats = {"energy": energy, "length_loss": length_loss, "length_correct": length_correct}
-        if end_BV is not None:
-            inner_BT = inner_positions(batch.target)
+        if self.config.cross_entropy_weight:
+            assert not isinstance(logits, RecomputedLogits)
+            z_MV, end_BV = logits.z_MV, self.trained.project(hidden_BTD[real_BT & ~inner_BT])
             gold = torch.cat([batch.target[inner_BT], batch.target.new_full((len(end_BV),), EOS)])
             cross_entropy, stats["nll"] = smoothed_cross_entropy(
                 torch.cat([z_MV, end_BV]), gold, self.config.label_smoothing
@@ -118,7 +131,8 @@ class EngineObjective(nn.Module):
 
         Both use the lengths of batch.target and put the end symbol in the last slot (paper, section 4.4).
         """
-        z_MV, _, length_logits_BL = self._student_logits(batch)
+        hidden_BTD, length_logits_BL = self._student_states(batch)
+        z_MV = self.trained.project(hidden_BTD[inner_positions(batch.target)])
         memory = self.teacher.encode(batch.source)
         relaxed = relaxed_energy(self.teacher, memory, z_MV, batch.target, self.relaxation).sum()
         words_BT = batch.target.masked_scatter(inner_positions(batch.target), z_MV.argmax(-1))
@@ -127,14 +141,19 @@ class EngineObjective(nn.Module):
         stats = {"energy": energy, "relaxed_energy": relaxed, "length_loss": length_loss}
         return _stats(batch, loss=relaxed, length_correct=length_correct, **stats)
 
-    def _student_logits(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
-        """z (M, V) of the inner rows, the last slots' logits (B, V) if alpha uses them, and the length logits."""
+    def _student_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Decoder states (B, T, D), all real positions masked, and the length logits."""
         memory, length_logits_BL = self.trained.encode(batch.source)
-        real_BT, inner_BT = batch.target != PAD, inner_positions(batch.target)
-        hidden_BTD = self.trained.decode(memory, torch.where(real_BT, MASK, PAD))
-        z_MV = self.trained.project(hidden_BTD[inner_BT])
-        end_BV = self.trained.project(hidden_BTD[real_BT & ~inner_BT]) if self.config.cross_entropy_weight else None
-        return z_MV, end_BV, length_logits_BL
+        return self.trained.decode(memory, torch.where(batch.target != PAD, MASK, PAD)), length_logits_BL
+
+    def _logits(self, hidden_MD: Tensor) -> GivenLogits | KeptLogits | RecomputedLogits:
+        """In the form that the configuration asks for; log-probabilities and the alpha term need them whole."""
+        stl = "STL" in (self.config.o1, self.config.o2) and self.config.stl_logits == "log_probabilities"
+        if stl:
+            return GivenLogits(self.trained.project(hidden_MD))
+        if self.config.head_memory == "keep" or self.config.cross_entropy_weight:
+            return KeptLogits(self.trained, hidden_MD)
+        return RecomputedLogits(self.trained, hidden_MD)
 
 
 def smoothed_cross_entropy(logits_NV: Tensor, target_N: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:

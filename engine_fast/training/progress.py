@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any
@@ -24,7 +25,7 @@ class Reporter:
         self._stage, self._total, self._silent, self._every = stage, total, silent, every
         self._console = Console(stderr=True, highlight=False)
         self._bar: Progress | None = None
-        self._first, self._started, self._last = 0, time.monotonic(), 0.0
+        self._first, self._started, self._last = 0, time.monotonic(), -math.inf
         if not silent and self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),

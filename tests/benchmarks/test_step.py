@@ -59,7 +59,9 @@ def test_judge_names_what_fell_short():
 def test_floors_are_figures_that_the_benchmark_reports():
     row = {"tokens_per_second": 1.0, "peak_mib_above_inputs": 1.0, "cpu_seconds_per_step": 1.0}
     figures = bench_step._ratios({s: dict.fromkeys(ps, row) for s, ps in bench_step.PROVIDERS.items()})
-    assert harness.floors("step").keys() <= figures.keys()
+    for table in ("step", "step_gpu"):
+        assert harness.floors(table).keys() <= figures.keys()
+    assert all(name.startswith("head_") for name in bench_step._limits(["head"], "cpu"))
 
 
 def test_interleaving_runs_every_provider_equally_often():

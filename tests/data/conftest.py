@@ -15,7 +15,7 @@ from engine_fast.data import synthetic
 from engine_fast.data.prepare import Prepared, prepare
 
 Corpus = Callable[..., DataConfig]
-OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open}
+COMPRESS = {".gz": lambda text: gzip.compress(text, mtime=0), ".xz": lzma.compress}  # equal text, equal bytes
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +25,7 @@ def _no_cache_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def write(path: Path, lines: Sequence[str]) -> Path:
     """A text file, compressed as its suffix says."""
-    with OPENERS[path.suffix if path.suffix in (".gz", ".xz") else ""](path, "wb") as stream:  # type: ignore[operator]
-        stream.write("".join(line + "\n" for line in lines).encode())
+    path.write_bytes(COMPRESS.get(path.suffix, bytes)("".join(line + "\n" for line in lines).encode()))
     return path
 
 

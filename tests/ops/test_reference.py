@@ -13,7 +13,7 @@ SHAPES = [(1, 1), (3, 7), (4, 15), (4, 17), (41, 127)]
 def draw(shape, seed=0, scale=3.0):
     generator = torch.Generator().manual_seed(seed)
     z, s = (scale * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    return z.requires_grad_(), s.requires_grad_(), gumbel_noise(shape, generator=generator).double()
+    return z.requires_grad_(), s.requires_grad_(), gumbel_noise(shape, seed=seed).double()
 
 
 def soft_and_value(z: torch.Tensor, op: Operator, noise: torch.Tensor, temperature: float):

@@ -1,0 +1,170 @@
+// Energies of rows of logits and their gradients, on a CPU.
+#include "cpu/kernels.h"
+#include "cpu/student.h"
+#include "row/jacobian.h"
+
+namespace engine_fast::cpu {
+namespace {
+
+// Adds the teacher's sum and the dot product to a block whose maxima are known.
+template <typename A, typename Z, typename S>
+void add_up(const Z* z, const S* s, const A* noise, int64_t count, A inv_temperature, bool soft, RowState<A>& block) {
+  constexpr A low = minus_infinity<A>();
+  const Pair<A> max_z(block.z.max), max_s(block.max_s), scale(inv_temperature);
+  const bool any_z = soft && block.z.max != low, any_s = block.max_s != low;
+  Pair<A> sum_z(A(0)), sum_s(A(0)), dot(A(0));
+  for (int64_t i = 0; i < count; i += Pair<A>::size()) {
+    const Pair<A> below = load<A>(s + i, count - i, low) - max_s;
+    if (any_s) sum_s = sum_s + exp_of(below);
+    if (any_z) {
+      const Pair<A> c = exp_of((perturbed(z, noise, i, count - i, low) - max_z) * scale);
+      sum_z = sum_z + c;
+      dot = dot + unless_zero(c, c * below);
+    }
+  }
+  block.z.sum = sum_lanes(sum_z);
+  block.sum_s = sum_lanes(sum_s);
+  block.dot = sum_lanes(dot);
+}
+
+template <typename A, typename S>
+A largest_of(const S* s, int64_t count) {
+  Pair<A> lanes(minus_infinity<A>());
+  for (int64_t i = 0; i < count; i += Pair<A>::size())
+    lanes = max_of(lanes, load<A>(s + i, count - i, minus_infinity<A>()));
+  return max_lanes(lanes);
+}
+
+template <typename A, typename Z, typename S>
+void forward_row(const EnergyForward& args, int64_t row) {
+  A *energy = static_cast<A*>(args.energy) + row, *stats = static_cast<A*>(args.stats) + row * kEnergyStats;
+  const Student& student = args.student;
+  if (ignored(student, row)) {
+    *energy = 0;
+    std::fill_n(stats, kEnergyStats, A(0));
+    return;
+  }
+  const Z* z = row_of<Z>(student.z, row);
+  const S* s = row_of<S>(args.s, row);
+  const auto inv_temperature = static_cast<A>(student.relaxation.inv_temperature);
+  RowState<A> state;
+  for_blocks<A>(student, row, 0, student.v, [&](int64_t begin, int64_t count, const A* noise) {
+    RowState<A> block;
+    block.z = largest<A>(z + begin, noise, count, begin);
+    block.max_s = largest_of<A>(s + begin, count);
+    add_up(z + begin, s + begin, noise, count, inv_temperature, !student.relaxation.identity, block);
+    state = merge(state, block, inv_temperature);
+  });
+  find_argmax<A, Z>(student, row, state.z);
+  store(state, stats);
+  *energy = energy_of(state, student.relaxation.hard, static_cast<A>(s[state.z.argmax]));
+  if (args.weight) *energy *= static_cast<const A*>(args.weight)[row];
+}
+
+// One row's saved numbers, as the formulas of row/jacobian.h want them.
+template <typename A>
+struct Saved {
+  A max_z, inv_sum_z, max_s, mean, log_sum_s, u, u_over_sum_s, inv_temperature;
+  int64_t argmax;
+};
+
+template <typename A>
+Saved<A> saved_of(const EnergyBackward& args, int64_t row) {
+  const A* stats = static_cast<const A*>(args.stats) + row * kEnergyStats;
+  A u = static_cast<const A*>(args.grad)[row];
+  if (args.weight) u *= static_cast<const A*>(args.weight)[row];
+  Saved<A> saved;
+  saved.max_z = stats[0];
+  saved.inv_sum_z = A(1) / stats[1];
+  saved.argmax = static_cast<int64_t>(stats[2]);
+  saved.max_s = stats[3];
+  saved.log_sum_s = log_of(stats[4]);
+  saved.mean = stats[5];
+  saved.u = u;
+  saved.u_over_sum_s = u / stats[4];
+  saved.inv_temperature = static_cast<A>(args.student.relaxation.inv_temperature);
+  return saved;
+}
+
+enum class Kind { kSoft, kHard, kHardIdentity };
+
+// Every element is read before anything is written in its place: dz and ds may stand where z and s do.
+template <Kind kKind, bool kDz, bool kDs, typename A, typename Z, typename S, typename DZ, typename DS>
+void backward_block(const Saved<A>& saved, const Z* z, const S* s, const A* noise, int64_t count, DZ* dz, DS* ds) {
+  using F = Pair<A>;
+  constexpr bool kCarrier = kKind == Kind::kSoft || (kDz && kKind == Kind::kHard);
+  const F u_over_temperature(saved.u * saved.inv_temperature);
+  for (int64_t i = 0; i < count; i += F::size()) {
+    const F x = kDz || kCarrier ? perturbed(z, noise, i, count - i) : F(A(0));
+    const F below = load<A>(s + i, count - i) - F(saved.max_s);
+    F c(A(0));
+    if constexpr (kCarrier) c = carrier(x, F(saved.max_z), F(saved.inv_sum_z), F(saved.inv_temperature));
+    if constexpr (kDz) {
+      const F gradient = kKind == Kind::kHardIdentity
+                             ? identity_gradient(x, below, F(saved.log_sum_s), F(saved.u))
+                             : softmax_gradient(c, below, F(saved.mean), u_over_temperature);
+      store(gradient, dz + i, count - i);
+    }
+    if constexpr (kDs) {
+      F gradient = exp_of(below) * F(saved.u_over_sum_s);
+      if constexpr (kKind == Kind::kSoft) gradient = gradient - c * F(saved.u);
+      store(gradient, ds + i, count - i);
+    }
+  }
+}
+
+template <Kind kKind, bool kDz, bool kDs, typename A, typename Z, typename S, typename DZ, typename DS>
+void backward_row(const EnergyBackward& args, int64_t row) {
+  const Student& student = args.student;
+  DZ* dz = row_of<DZ>(args.dz, row);
+  DS* ds = row_of<DS>(args.ds, row);
+  if (ignored(student, row)) {
+    if (kDz) std::fill_n(dz, student.v, DZ(0));
+    if (kDs) std::fill_n(ds, student.v, DS(0));
+    return;
+  }
+  const Saved<A> saved = saved_of<A>(args, row);
+  const Z* z = row_of<Z>(student.z, row);
+  const S* s = row_of<S>(args.s, row);
+  const A p = exp_of(static_cast<A>(s[saved.argmax]) - saved.max_s) * saved.u_over_sum_s;
+  for_blocks<A>(student, row, 0, student.v, [&](int64_t begin, int64_t count, const A* noise) {
+    backward_block<kKind, kDz, kDs>(saved, z + begin, s + begin, noise, count, kDz ? dz + begin : nullptr,
+                                    kDs ? ds + begin : nullptr);
+  });
+  if (kDs && kKind != Kind::kSoft) ds[saved.argmax] = static_cast<DS>(p - saved.u);
+}
+
+template <bool kDz, bool kDs, typename Z, typename S, typename DZ, typename DS>
+void backward(const EnergyBackward& args) {
+  using A = Accumulate<Z>;
+  const auto run = [&](auto kind) {
+    for_rows(args.student.n, args.student.v,
+             [&](int64_t row) { backward_row<decltype(kind)::value, kDz, kDs, A, Z, S, DZ, DS>(args, row); });
+  };
+  if (!args.student.relaxation.hard) return run(std::integral_constant<Kind, Kind::kSoft>{});
+  if (!args.student.relaxation.identity) return run(std::integral_constant<Kind, Kind::kHard>{});
+  run(std::integral_constant<Kind, Kind::kHardIdentity>{});
+}
+
+}  // namespace
+
+void energy_forward(const EnergyForward& args) {
+  with_types(args.student.z.dtype, args.s.dtype, [&](auto z, auto s) {
+    using Z = decltype(z);
+    using S = decltype(s);
+    for_rows(args.student.n, args.student.v, [&](int64_t row) { forward_row<Accumulate<Z>, Z, S>(args, row); });
+  });
+}
+
+void energy_backward(const EnergyBackward& args) {
+  with_types(args.student.z.dtype, args.s.dtype, [&](auto z, auto s) {
+    using Z = decltype(z);
+    using S = decltype(s);
+    const bool dz = args.dz.data != nullptr, ds = args.ds.data != nullptr;
+    if (dz && ds) return backward<true, true, Z, S, Z, S>(args);
+    if (dz) return backward<true, false, Z, S, Z, S>(args);
+    if (ds) return backward<false, true, Z, S, Z, S>(args);
+  });
+}
+
+}  // namespace engine_fast::cpu

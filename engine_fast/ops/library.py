@@ -1,0 +1,130 @@
+"""Which implementation runs, and the ties between the compiled operators and Python.
+
+ENGINE_FAST_OPS = fused | reference chooses; unset, the compiled kernels run where they load and one warning says why
+where they do not. ENGINE_FAST_CHECK_FINITE=1 lets every operator look for NaN and infinities in its weights.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from engine_fast import extension
+from engine_fast.errors import BuildError, ConfigError
+
+Implementation = Literal["fused", "reference"]
+_F = TypeVar("_F", bound=Callable[..., Any])
+_IMPLEMENTATIONS = ("fused", "reference")
+
+
+def _load() -> str:
+    try:
+        extension.load()
+    except BuildError as error:
+        return str(error)
+    return ""
+
+
+PROBLEM = _load()
+"""Why the compiled operators cannot be used; empty where they can."""
+
+_forced: Implementation | None = None
+_check_finite: bool = os.environ.get("ENGINE_FAST_CHECK_FINITE", "0") not in ("", "0")
+_warned: set[str] = set()
+
+
+def implementation(device: torch.device | str = "cpu") -> Implementation:
+    """What runs for tensors of `device`. Raises BuildError where `fused` is demanded and cannot be."""
+    wanted = _forced or os.environ.get("ENGINE_FAST_OPS") or "auto"
+    if wanted not in (*_IMPLEMENTATIONS, "auto"):
+        raise ConfigError(f"ENGINE_FAST_OPS = {wanted!r}, expected fused, reference, or unset to choose by itself.")
+    if wanted == "reference":
+        return "reference"
+    problem = PROBLEM or _missing_for(torch.device(device).type)
+    if not problem:
+        return "fused"
+    if wanted == "fused":
+        raise BuildError(f"ENGINE_FAST_OPS = 'fused', and the compiled operators cannot be used: {problem}")
+    if problem not in _warned:
+        _warned.add(problem)
+        warnings.warn(
+            f"engine_fast.ops runs its plain torch definitions, slower and with (N, V) tensors in memory: {problem} "
+            "ENGINE_FAST_OPS=reference silences this.",
+            stacklevel=3,
+        )
+    return "reference"
+
+
+def fused(*tensors: Tensor) -> bool:
+    """Whether the compiled operators take these."""
+    return implementation(tensors[0].device) == "fused"
+
+
+def checks_finite() -> bool:
+    return _check_finite
+
+
+@contextmanager
+def using(choice: Implementation | None = None, *, check_finite: bool | None = None) -> Iterator[None]:
+    """Within the block: this implementation, and weights checked for NaN and infinities or not."""
+    global _forced, _check_finite
+    if choice is not None and choice not in _IMPLEMENTATIONS:
+        raise ConfigError(f"ops.using({choice!r}): expected 'fused' or 'reference'.")
+    before = _forced, _check_finite
+    _forced = choice or _forced
+    _check_finite = _check_finite if check_finite is None else check_finite
+    try:
+        yield
+    finally:
+        _forced, _check_finite = before
+
+
+def fake(name: str) -> Callable[[_F], _F]:
+    """Register shapes and dtypes of the compiled operator `name`."""
+    if PROBLEM:
+        return lambda function: function
+    return cast(Callable[[_F], _F], torch.library.register_fake(f"engine_fast::{name}"))
+
+
+def differentiable(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+    """Register the gradient of the compiled operator `name`."""
+    if not PROBLEM:
+        torch.library.register_autograd(f"engine_fast::{name}", backward, setup_context=setup)
+
+
+def may_overwrite(*saved: Tensor) -> bool:
+    """Asked in a backward pass: whether what was saved for it is needed by nobody after it.
+
+    Not with retain_graph=True, nor where a compiler traces, which keeps buffers as it likes.
+    """
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return False
+    return all(type(tensor) is Tensor or type(tensor) is torch.nn.Parameter for tensor in saved)
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """The accumulation dtype: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in autocast's dtype where it is on, as for torch's own products; float64 stays."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        None if tensor is None else tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors
+    ]
+
+
+def _missing_for(device: str) -> str:
+    if device == "cpu" or (device == "cuda" and extension.build_info()["cuda"]):
+        return ""
+    return f"engine_fast._C has no kernels for {device}. Rebuild with ENGINE_FAST_CUDA=1 for GPUs."
