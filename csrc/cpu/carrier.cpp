@@ -16,7 +16,10 @@ void statistics_row(const SoftForward& args, int64_t row) {
   SoftState<A> state;
   for_blocks<A>(student, row, 0, student.v, [&](int64_t begin, int64_t count, const A* noise) {
     SoftState<A> block = largest<A>(z + begin, noise, count, begin);
-    if (!student.relaxation.identity) add_up(z + begin, noise, count, inv_temperature, block);
+    if (student.relaxation.identity)
+      look_for_nan(z + begin, noise, count, block);
+    else
+      add_up(z + begin, noise, count, inv_temperature, block);
     state = merge(state, block, inv_temperature);
   });
   find_argmax<A, Z>(student, row, state);
@@ -44,8 +47,9 @@ void carrier_row(const Carrier& args, int64_t row) {
   const Soft<A> soft(args.student, args.stats, row);
   for_blocks<A>(args.student, row, args.first_column, args.columns, [&](int64_t begin, int64_t count, const A* noise) {
     Q* block = out + begin - args.first_column;
-    for (int64_t i = 0; i < count; i += Pair<A>::size())
-      store(soft(perturbed(z + begin, noise, i, count - i)), block + i, count - i);
+    for_lanes<A>(count, EF_LANES(i, lanes) {
+      store(soft(perturbed(z + begin, noise, i, lanes)), block + i, lanes);
+    });
   });
 }
 
@@ -60,26 +64,25 @@ void backward_row(const CarrierBackward& args, int64_t row) {
   };
   if (ignored(student, row) || student.relaxation.identity) {
     const bool skip = ignored(student, row);
-    for (int64_t i = 0; i < student.v; i += F::size())
-      finish(skip ? F(A(0)) : load<A>(dq + i, student.v - i), i, student.v - i);
+    for_lanes<A>(student.v, EF_LANES(i, lanes) { finish(skip ? F(A(0)) : load<A>(dq + i, lanes), i, lanes); });
     return;
   }
   const Z* z = row_of<Z>(student.z, row);
   const Soft<A> soft(student, args.stats, row);
   F dot(A(0));
   for_blocks<A>(student, row, 0, student.v, [&](int64_t begin, int64_t count, const A* noise) {
-    for (int64_t i = 0; i < count; i += F::size()) {
-      const F c = soft(perturbed(z + begin, noise, i, count - i, minus_infinity<A>()));
-      dot = dot + unless_zero(c, c * load<A>(dq + begin + i, count - i));
-    }
+    for_lanes<A>(count, EF_LANES(i, lanes) {
+      const F c = soft(perturbed(z + begin, noise, i, lanes, minus_infinity<A>()));
+      dot = dot + unless_zero(c, c * load<A>(dq + begin + i, lanes));
+    });
   });
   const F mean(sum_lanes(dot));
   for_blocks<A>(student, row, 0, student.v, [&](int64_t begin, int64_t count, const A* noise) {
-    for (int64_t i = 0; i < count; i += F::size()) {
-      const F c = soft(perturbed(z + begin, noise, i, count - i));
-      const F gradient = embedding_gradient(c, load<A>(dq + begin + i, count - i), mean, soft.inv_temperature);
-      finish(gradient, begin + i, count - i);
-    }
+    for_lanes<A>(count, EF_LANES(i, lanes) {
+      const F c = soft(perturbed(z + begin, noise, i, lanes));
+      const F gradient = embedding_gradient(c, load<A>(dq + begin + i, lanes), mean, soft.inv_temperature);
+      finish(gradient, begin + i, lanes);
+    });
   });
 }
 

@@ -10,28 +10,30 @@ namespace {
 template <typename A, typename Z, typename S>
 void add_up(const Z* z, const S* s, const A* noise, int64_t count, A inv_temperature, bool soft, RowState<A>& block) {
   constexpr A low = minus_infinity<A>();
-  const Pair<A> max_z(block.z.max), max_s(block.max_s), scale(inv_temperature);
-  const bool any_z = soft && block.z.max != low, any_s = block.max_s != low;
+  const Pair<A> max_z(origin(block.z.max)), max_s(origin(block.max_s)), scale(inv_temperature);
   Pair<A> sum_z(A(0)), sum_s(A(0)), dot(A(0));
-  for (int64_t i = 0; i < count; i += Pair<A>::size()) {
-    const Pair<A> below = load<A>(s + i, count - i, low) - max_s;
-    if (any_s) sum_s = sum_s + exp_of(below);
-    if (any_z) {
-      const Pair<A> c = exp_of((perturbed(z, noise, i, count - i, low) - max_z) * scale);
+  if (soft) {
+    for_lanes<A>(count, EF_LANES(i, n) {
+      const Pair<A> below = load<A>(s + i, n, low) - max_s;
+      const Pair<A> c = exp_of((perturbed(z, noise, i, n, low) - max_z) * scale);
+      sum_s = sum_s + exp_of(below);
       sum_z = sum_z + c;
       dot = dot + unless_zero(c, c * below);
-    }
+    });
+    block.z.sum = sum_lanes(sum_z);
+    block.dot = sum_lanes(dot);
+  } else {
+    for_lanes<A>(count, EF_LANES(i, n) { sum_s = sum_s + exp_of(load<A>(s + i, n, low) - max_s); });
+    look_for_nan(z, noise, count, block.z);
   }
-  block.z.sum = sum_lanes(sum_z);
   block.sum_s = sum_lanes(sum_s);
-  block.dot = sum_lanes(dot);
 }
 
 template <typename A, typename S>
 A largest_of(const S* s, int64_t count) {
-  Pair<A> lanes(minus_infinity<A>());
-  for (int64_t i = 0; i < count; i += Pair<A>::size())
-    lanes = max_of(lanes, load<A>(s + i, count - i, minus_infinity<A>()));
+  constexpr A low = minus_infinity<A>();
+  Pair<A> lanes(low);
+  for_lanes<A>(count, EF_LANES(i, n) { lanes = max_but_nan(lanes, load<A>(s + i, n, low)); });
   return max_lanes(lanes);
 }
 
@@ -94,23 +96,23 @@ void backward_block(const Saved<A>& saved, const Z* z, const S* s, const A* nois
   using F = Pair<A>;
   constexpr bool kCarrier = kKind == Kind::kSoft || (kDz && kKind == Kind::kHard);
   const F u_over_temperature(saved.u * saved.inv_temperature);
-  for (int64_t i = 0; i < count; i += F::size()) {
-    const F x = kDz || kCarrier ? perturbed(z, noise, i, count - i) : F(A(0));
-    const F below = load<A>(s + i, count - i) - F(saved.max_s);
+  for_lanes<A>(count, EF_LANES(i, n) {
+    const F x = kDz || kCarrier ? perturbed(z, noise, i, n) : F(A(0));
+    const F below = load<A>(s + i, n) - F(saved.max_s);
     F c(A(0));
     if constexpr (kCarrier) c = carrier(x, F(saved.max_z), F(saved.inv_sum_z), F(saved.inv_temperature));
     if constexpr (kDz) {
       const F gradient = kKind == Kind::kHardIdentity
                              ? identity_gradient(x, below, F(saved.log_sum_s), F(saved.u))
                              : softmax_gradient(c, below, F(saved.mean), u_over_temperature);
-      store(gradient, dz + i, count - i);
+      store(gradient, dz + i, n);
     }
     if constexpr (kDs) {
       F gradient = exp_of(below) * F(saved.u_over_sum_s);
       if constexpr (kKind == Kind::kSoft) gradient = gradient - c * F(saved.u);
-      store(gradient, ds + i, count - i);
+      store(gradient, ds + i, n);
     }
-  }
+  });
 }
 
 template <Kind kKind, bool kDz, bool kDs, typename A, typename Z, typename S, typename DZ, typename DS>

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engine_fast import extension
-from engine_fast.errors import BuildError
+from engine_fast.errors import BuildError, EngineFastError
 
 State = Literal["ok", "absent", "broken"]
 _COLOURS: dict[State, str] = {"ok": "green", "absent": "yellow", "broken": "red"}
@@ -57,7 +58,7 @@ def doctor(
 
 def examine() -> list[Check]:
     """Every check, in the order of the report."""
-    probes = (packages, compiled, deepspeed_imports, processor, gpu, tools, disk, corpora)
+    probes = (packages, compiled, operators, deepspeed_imports, processor, gpu, tools, disk, corpora)
     return [check for probe in probes for check in probe()]
 
 
@@ -111,6 +112,34 @@ def compiled() -> Iterable[Check]:
         yield Check(
             "compiled", "CUDA", "absent", "CPU build", "For GPUs: a CUDA torch and toolkit, then ENGINE_FAST_CUDA=1."
         )
+
+
+def operators() -> Iterable[Check]:
+    """Which implementation of the vocabulary-sized operators runs, and whether the fused one trains like the plain."""
+    from engine_fast import ops
+    from engine_fast.training.parity import STEPS, check_parity
+
+    name = "operators"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            chosen = ops.implementation()
+        except EngineFastError as error:
+            yield Check("usable", name, "broken", "ENGINE_FAST_OPS cannot be met", str(error))
+            return
+    if chosen == "reference":
+        advice = str(caught[0].message) if caught else "Unset ENGINE_FAST_OPS for the compiled ones."
+        yield Check("usable", name, "absent", "plain torch definitions", advice)
+        return
+    runs = [check_parity("SX", "ST", "keep"), check_parity("SX", "ST", "recompute"), check_parity("GX", "SG", "keep")]
+    apart = [str(run) for run in runs if not run.agrees]
+    if apart:
+        advice = f"Train with ENGINE_FAST_OPS=reference, and report this: {'; '.join(apart)}"
+        yield Check("usable", name, "broken", "fused and plain training steps differ", advice)
+        return
+    worst = max(run.fused_error for run in runs)
+    found = f"fused; {STEPS} training steps agree with the plain definitions, within {worst:.0e}"
+    yield Check("usable", name, "ok", found)
 
 
 def deepspeed_imports() -> Iterable[Check]:

@@ -2,7 +2,7 @@
 
 from engine_fast.ops import reference
 from engine_fast.ops.energy import energy
-from engine_fast.ops.library import implementation, using
+from engine_fast.ops.library import Implementation, implementation, using
 from engine_fast.ops.linear import (
     linear_energy,
     linear_soft_embedding,
@@ -12,6 +12,7 @@ from engine_fast.ops.linear import (
 from engine_fast.ops.soft_embedding import soft_embedding
 
 __all__ = [
+    "Implementation",
     "energy",
     "implementation",
     "linear_energy",

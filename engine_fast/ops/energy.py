@@ -47,7 +47,7 @@ def energy(
     checks.kernel_dtype("energy", "z", z)
     checks.kernel_dtype("energy", "s", s)
     options = weighted(z, op, noise, seed, weight, ignore, temperature)
-    e: Tensor = torch.ops.engine_fast.energy(z, s, *options, overwrite)[0]
+    e: Tensor = _energy(z, s, *options, overwrite)[0]
     return e
 
 
@@ -119,4 +119,4 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return *targets, *nothing
 
 
-library.differentiable("energy", _backward, _setup)
+_energy = library.differentiable("energy", _backward, _setup)

@@ -92,10 +92,33 @@ def fake(name: str) -> Callable[[_F], _F]:
     return cast(Callable[[_F], _F], torch.library.register_fake(f"engine_fast::{name}"))
 
 
-def differentiable(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
-    """Register the gradient of the compiled operator `name`."""
-    if not PROBLEM:
-        torch.library.register_autograd(f"engine_fast::{name}", backward, setup_context=setup)
+def differentiable(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> Callable[..., Any]:
+    """Register the gradient of the compiled operator `name`; returns what the facade calls.
+
+    Outside a compiler that is an autograd function of the same gradient: the registered one searches its arguments for
+    tensors and binds them to names, which takes longer than a small operator does.
+    """
+    if PROBLEM:
+        return _absent
+    torch.library.register_autograd(f"engine_fast::{name}", backward, setup_context=setup)
+    operator = getattr(torch.ops.engine_fast, name).default
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = operator(*arguments)
+        setup(ctx, arguments, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    direct: Any = type(name, (torch.autograd.Function,), members)
+
+    def call(*arguments: Any) -> Any:
+        return operator(*arguments) if torch.compiler.is_compiling() else direct.apply(*arguments)
+
+    return call
+
+
+def _absent(*arguments: Any) -> Any:
+    raise BuildError(PROBLEM)
 
 
 def may_overwrite(*saved: Tensor) -> bool:

@@ -56,13 +56,13 @@ def linear_energy(
     heads = library.autocast(h_student, w_student, bias_student, h_teacher, w_teacher, bias_teacher)
     options = weighted(h_student, op, noise, seed, weight, ignore, temperature)
     if reduction == "none":
-        e: Tensor = torch.ops.engine_fast.linear_energy(*heads, *options)
+        e: Tensor = _linear_energy(*heads, *options)
         return e
     needs = [torch.is_grad_enabled() and head is not None and head.requires_grad for head in heads]
     if not any(needs):
-        total: Tensor = torch.ops.engine_fast.linear_energy(*heads, *options).sum()
+        total: Tensor = _linear_energy(*heads, *options).sum()
     else:
-        total = torch.ops.engine_fast.linear_energy_sum(*heads, *options, needs, True)[0]
+        total = _linear_energy_sum(*heads, *options, needs, True)[0]
     return total
 
 
@@ -99,7 +99,7 @@ def teacher_energy(
     head = library.autocast(h_teacher, w_teacher, bias_teacher)
     options = weighted(z, op, noise, seed, weight, ignore, temperature)
     need_hidden = torch.is_grad_enabled() and h_teacher.requires_grad
-    e: Tensor = torch.ops.engine_fast.teacher_energy(z, *head, *options, need_hidden, True)[0]
+    e: Tensor = _teacher_energy(z, *head, *options, need_hidden, True)[0]
     return e
 
 
@@ -167,7 +167,7 @@ def _embed(
     _check_head(where, h, w_student=w_student, bias_student=bias_student, table=table)
     matrices = library.autocast(h, w_student, bias_student, table)
     options = unweighted(h, op, noise, seed, ignore, temperature)
-    x, z = torch.ops.engine_fast.linear_soft_embedding(*matrices, *options, keep)
+    x, z = _linear_soft_embedding(*matrices, *options, keep)
     return x, z
 
 
@@ -306,7 +306,7 @@ def _wanted(gradients: Any, needs: list[bool]) -> list[Tensor | None]:
     return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
-library.differentiable("linear_energy", _backward_energy, _setup_energy)
-library.differentiable("linear_energy_sum", _backward_sum, _setup_sum)
-library.differentiable("teacher_energy", _backward_teacher, _setup_teacher)
-library.differentiable("linear_soft_embedding", _backward_embed, _setup_embed)
+_linear_energy = library.differentiable("linear_energy", _backward_energy, _setup_energy)
+_linear_energy_sum = library.differentiable("linear_energy_sum", _backward_sum, _setup_sum)
+_teacher_energy = library.differentiable("teacher_energy", _backward_teacher, _setup_teacher)
+_linear_soft_embedding = library.differentiable("linear_soft_embedding", _backward_embed, _setup_embed)

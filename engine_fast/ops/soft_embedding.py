@@ -40,7 +40,7 @@ def soft_embedding(
     checks.kernel_dtype("soft_embedding", "z", z)
     checks.kernel_dtype("soft_embedding", "table", table)
     options = unweighted(z, op, noise, seed, ignore, temperature)
-    x: Tensor = torch.ops.engine_fast.soft_embedding(z, table, *options)[0]
+    x: Tensor = _soft_embedding(z, table, *options)[0]
     return x
 
 
@@ -72,4 +72,4 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return dz if needs[0] else None, dtable if needs[1] else None, *nothing
 
 
-library.differentiable("soft_embedding", _backward, _setup)
+_soft_embedding = library.differentiable("soft_embedding", _backward, _setup)
