@@ -119,7 +119,7 @@ def extension() -> Any:
         "name": "engine_fast._C",
         "include_dirs": [pybind11.get_include(), str(ROOT / "csrc")],
         "depends": [
-            str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))
+            str(path.relative_to(ROOT)) for suffix in ("h", "cuh") for path in sorted(ROOT.glob(f"csrc/**/*.{suffix}"))
         ],  # source archives take them
         "extra_compile_args": {"cxx": [*CXX_FLAGS, *ISA_FLAGS[cpu_isa()]]},
     }
@@ -129,7 +129,7 @@ def extension() -> Any:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
     sources += sorted(ROOT.glob("csrc/cuda/*.cu")) + sorted(ROOT.glob("csrc/cuda/*.cpp"))
     arguments["extra_compile_args"]["cxx"].append("-DENGINE_FAST_WITH_CUDA")
-    arguments["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
+    arguments["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-diag-suppress=1675"]
     return CUDAExtension(sources=[str(path.relative_to(ROOT)) for path in sources], **arguments)
 
 

@@ -75,6 +75,7 @@ Saved<A> saved_of(const EnergyBackward& args, int64_t row) {
   const A* stats = static_cast<const A*>(args.stats) + row * kEnergyStats;
   A u = static_cast<const A*>(args.grad)[row];
   if (args.weight) u *= static_cast<const A*>(args.weight)[row];
+  u += stats[0] - stats[0];  // NaN where the forward pass was
   Saved<A> saved;
   saved.max_z = stats[0];
   saved.inv_sum_z = A(1) / stats[1];

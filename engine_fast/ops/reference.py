@@ -74,9 +74,9 @@ def energy(
         value = -log_p.gather(-1, perturbed.argmax(-1, keepdim=True)).squeeze(-1)
         # Its value cancels (but for NaN), its gradient is the straight-through one.
         e = value - (_through(carrier).masked_fill(forbidden, 0.0) * allowed_log_p.detach()).sum(-1)
-        e = e + _nothing(perturbed)
     else:
         e = -(carrier * allowed_log_p).sum(-1)
+    e = e * (1 + _nothing(perturbed))  # the gradients of a row that means nothing are NaN too
     if weight is not None:
         e = e * weight.to(e.dtype)
     return e if ignore is None else e.masked_fill(ignore, 0.0)
