@@ -48,6 +48,7 @@ void carrier_row(const Carrier& args, int64_t row) {
   for_blocks<A>(args.student, row, args.first_column, args.columns, [&](int64_t begin, int64_t count, const A* noise) {
     Q* block = out + begin - args.first_column;
     for_lanes<A>(count, EF_LANES(i, lanes) {
+      fetch_ahead<A>(z + begin + i);
       store(soft(perturbed(z + begin, noise, i, lanes)), block + i, lanes);
     });
   });
@@ -72,6 +73,8 @@ void backward_row(const CarrierBackward& args, int64_t row) {
   F dot(A(0));
   for_blocks<A>(student, row, 0, student.v, [&](int64_t begin, int64_t count, const A* noise) {
     for_lanes<A>(count, EF_LANES(i, lanes) {
+      fetch_ahead<A>(z + begin + i);
+      fetch_ahead<A>(dq + begin + i);
       const F c = soft(perturbed(z + begin, noise, i, lanes, minus_infinity<A>()));
       dot = dot + unless_zero(c, c * load<A>(dq + begin + i, lanes));
     });

@@ -14,6 +14,8 @@ void add_up(const Z* z, const S* s, const A* noise, int64_t count, A inv_tempera
   Pair<A> sum_z(A(0)), sum_s(A(0)), dot(A(0));
   if (soft) {
     for_lanes<A>(count, EF_LANES(i, n) {
+      fetch_ahead<A>(z + i);
+      fetch_ahead<A>(s + i);
       const Pair<A> below = load<A>(s + i, n, low) - max_s;
       const Pair<A> c = exp_of((perturbed(z, noise, i, n, low) - max_z) * scale);
       sum_s = sum_s + exp_of(below);
@@ -23,8 +25,13 @@ void add_up(const Z* z, const S* s, const A* noise, int64_t count, A inv_tempera
     block.z.sum = sum_lanes(sum_z);
     block.dot = sum_lanes(dot);
   } else {
-    for_lanes<A>(count, EF_LANES(i, n) { sum_s = sum_s + exp_of(load<A>(s + i, n, low) - max_s); });
-    look_for_nan(z, noise, count, block.z);
+    for_lanes<A>(count, EF_LANES(i, n) {
+      fetch_ahead<A>(z + i);
+      fetch_ahead<A>(s + i);
+      sum_s = sum_s + exp_of(load<A>(s + i, n, low) - max_s);
+      sum_z = sum_z + nan_of(perturbed(z, noise, i, n));
+    });
+    block.z.sum = sum_lanes(sum_z);
   }
   block.sum_s = sum_lanes(sum_s);
 }
@@ -98,6 +105,8 @@ void backward_block(const Saved<A>& saved, const Z* z, const S* s, const A* nois
   constexpr bool kCarrier = kKind == Kind::kSoft || (kDz && kKind == Kind::kHard);
   const F u_over_temperature(saved.u * saved.inv_temperature);
   for_lanes<A>(count, EF_LANES(i, n) {
+    if constexpr (kDz || kCarrier) fetch_ahead<A>(z + i);
+    fetch_ahead<A>(s + i);
     const F x = kDz || kCarrier ? perturbed(z, noise, i, n) : F(A(0));
     const F below = load<A>(s + i, n) - F(saved.max_s);
     F c(A(0));

@@ -33,9 +33,9 @@ struct Pair {
 // around which every accumulator would be spilled: half the time of a row.
 EF_HD Vec<float> exp_of(const Vec<float>& x) {
   using V = Vec<float>;
-  const V bounded = at::vec::clamp_min(x, V(-127.0f * 0.6931472f));  // keeps NaN
-  const V n = (bounded * V(1.44269504f)).round();
-  const V r = at::vec::fmadd(n, V(-1.42860677e-6f), at::vec::fmadd(n, V(-0.693145752f), bounded));
+  const V shift(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const V n = at::vec::fmadd(x, V(1.44269504f), shift) - shift;
+  const V r = at::vec::fmadd(n, V(-1.42860677e-6f), at::vec::fmadd(n, V(-0.693145752f), x));
   V p(1.9875691500e-4f);  // coefficients of Cephes' expf
   p = at::vec::fmadd(p, r, V(1.3981999507e-3f));
   p = at::vec::fmadd(p, r, V(8.3334519073e-3f));
@@ -43,13 +43,13 @@ EF_HD Vec<float> exp_of(const Vec<float>& x) {
   p = at::vec::fmadd(p, r, V(1.6666665459e-1f));
   p = at::vec::fmadd(p, r, V(5.0000001201e-1f));
   p = at::vec::fmadd(p, r * r, r + V(1.0f));
+  constexpr float least = -126.0f * 0.6931472f;
 #if defined(CPU_CAPABILITY_AVX512)
-  const V scaled(_mm512_scalef_ps(p, n));
+  return V(_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_NLT_UQ), p, n));
 #else
   const auto exponent = (at::vec::convert_to_int_of_same_size(n) + Vec<int32_t>(127)) << Vec<int32_t>(23);
-  const V scaled = p * at::vec::cast<float>(exponent);
+  return V::blendv(p * at::vec::cast<float>(exponent), V(0.0f), x < V(least));
 #endif
-  return V::blendv(scaled, V(0.0f), x < V(-126.0f * 0.6931472f));
 }
 EF_HD Vec<double> exp_of(const Vec<double>& x) { return x.exp(); }
 

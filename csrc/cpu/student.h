@@ -30,9 +30,16 @@ void add_up(const Z* z, const A* noise, int64_t count, A inv_temperature, SoftSt
   const Pair<A> max(origin(block.max)), scale(inv_temperature);
   Pair<A> sum(A(0));
   for_lanes<A>(count, EF_LANES(i, n) {
+    fetch_ahead<A>(z + i);
     sum = sum + exp_of((perturbed(z, noise, i, n, minus_infinity<A>()) - max) * scale);
   });
   block.sum = sum_lanes(sum);
+}
+
+// 0, or NaN where x is NaN or +inf.
+template <typename A>
+EF_HD Pair<A> nan_of(const Pair<A>& x) {
+  return unless_forbidden(x, x - x);
 }
 
 // block.sum for an operator without a softmax: 0, or NaN if a logit is.
@@ -40,8 +47,8 @@ template <typename A, typename Z>
 void look_for_nan(const Z* z, const A* noise, int64_t count, SoftState<A>& block) {
   Pair<A> sum(A(0));
   for_lanes<A>(count, EF_LANES(i, n) {
-    const Pair<A> x = perturbed(z, noise, i, n);
-    sum = sum + unless_forbidden(x, x - x);
+    fetch_ahead<A>(z + i);
+    sum = sum + nan_of(perturbed(z, noise, i, n));
   });
   block.sum = sum_lanes(sum);
 }

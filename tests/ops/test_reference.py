@@ -1,4 +1,4 @@
-"""The plain definitions against the closed forms of docs/architecture.md, in float64."""
+"""The plain definitions, and the fused operators, against the closed forms of docs/architecture.md, in float64."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from engine_fast.errors import ConfigError
 from engine_fast.operators import OPERATORS, Operator, gumbel_noise
 
 SHAPES = [(1, 1), (3, 7), (4, 15), (4, 17), (41, 127)]
+both = pytest.mark.parametrize("module", [ops.reference, ops], ids=["reference", "fused"])
 
 
 def draw(shape, seed=0, scale=3.0):
@@ -26,10 +27,11 @@ def soft_and_value(z: torch.Tensor, op: Operator, noise: torch.Tensor, temperatu
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_energy_and_its_gradients_are_the_closed_form(shape, name, temperature):
+@both
+def test_energy_and_its_gradients_are_the_closed_form(module, shape, name, temperature):
     z, s, noise = draw(shape)
     upstream = torch.linspace(0.5, 2.0, shape[0], dtype=torch.float64)
-    energy = ops.energy(z, s, name, noise=noise, temperature=temperature)
+    energy = module.energy(z, s, name, noise=noise, temperature=temperature)
     energy.backward(upstream)
 
     op = OPERATORS[name]
@@ -46,11 +48,12 @@ def test_energy_and_its_gradients_are_the_closed_form(shape, name, temperature):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_soft_embedding_and_its_gradients_are_the_closed_form(shape, name, temperature):
+@both
+def test_soft_embedding_and_its_gradients_are_the_closed_form(module, shape, name, temperature):
     z, _, noise = draw(shape, seed=1)
     table = torch.randn(shape[1], 5, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(shape[0], 5, dtype=torch.float64)
-    x = ops.soft_embedding(z, table, name, noise=noise, temperature=temperature)
+    x = module.soft_embedding(z, table, name, noise=noise, temperature=temperature)
     x.backward(upstream)
 
     op = OPERATORS[name]
@@ -64,23 +67,100 @@ def test_soft_embedding_and_its_gradients_are_the_closed_form(shape, name, tempe
 
 
 @pytest.mark.parametrize("name", ["SX", "GX"])
-def test_soft_operators_pass_gradcheck(name):
+@both
+def test_soft_operators_pass_gradcheck(module, name):
     z, s, noise = draw((3, 7), seed=2)
     table = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a, b: ops.energy(a, b, name, noise=noise), (z, s))
-    assert torch.autograd.gradcheck(lambda a, b: ops.soft_embedding(a, b, name, noise=noise), (z, table))
+    assert torch.autograd.gradcheck(lambda a, b: module.energy(a, b, name, noise=noise), (z, s))
+    assert torch.autograd.gradcheck(lambda a, b: module.soft_embedding(a, b, name, noise=noise), (z, table))
 
 
-@pytest.mark.parametrize("name", ["SX", "ST", "SG"])
-def test_linear_forms_are_the_heads_followed_by_the_operation(name):
+@pytest.mark.parametrize("name", OPERATORS)
+@both
+def test_linear_forms_are_the_heads_followed_by_the_operation(module, name):
     torch.manual_seed(4)
     h_student, h_teacher, w_student, w_teacher, table = (torch.randn(n, 6) for n in (5, 5, 11, 11, 11))
     bias, noise = torch.randn(11), torch.randn(5, 11)
     z, s = h_student @ w_student.T + bias, h_teacher @ w_teacher.T
-    got = ops.linear_energy(h_student, w_student, h_teacher, w_teacher, name, bias_student=bias, noise=noise)
-    torch.testing.assert_close(got, ops.energy(z, s, name, noise=noise))
-    got = ops.linear_soft_embedding(h_student, w_student, table, name, bias_student=bias, noise=noise)
-    torch.testing.assert_close(got, ops.soft_embedding(z, table, name, noise=noise))
+    got = module.linear_energy(h_student, w_student, h_teacher, w_teacher, name, bias_student=bias, noise=noise)
+    energies = module.energy(z, s, name, noise=noise)
+    torch.testing.assert_close(got, energies)
+    total = module.linear_energy(
+        h_student, w_student, h_teacher, w_teacher, name, bias_student=bias, noise=noise, reduction="sum"
+    )
+    torch.testing.assert_close(total, energies.sum())
+    torch.testing.assert_close(module.teacher_energy(z, h_teacher, w_teacher, name, noise=noise), energies)
+    shifted = module.teacher_energy(z, h_teacher, w_teacher, name, bias_teacher=2 * bias, noise=noise)
+    torch.testing.assert_close(shifted, module.energy(z, s + 2 * bias, name, noise=noise))
+    got = module.linear_soft_embedding(h_student, w_student, table, name, bias_student=bias, noise=noise)
+    embedded = module.soft_embedding(z, table, name, noise=noise)
+    torch.testing.assert_close(got, embedded)
+    x, logits = module.linear_soft_embedding_and_logits(
+        h_student, w_student, table, name, bias_student=bias, noise=noise
+    )
+    torch.testing.assert_close(x, embedded)
+    torch.testing.assert_close(logits, z)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@both
+def test_weights_multiply_energies_and_gradients(module, name):
+    z, s, noise = draw((5, 19), seed=6)
+    weight = torch.tensor([0.5, -2.0, 0.0, 3.0, 1.0], dtype=torch.float64)
+    plain = module.energy(z, s, name, noise=noise)
+    wanted = torch.autograd.grad(plain, (z, s), weight)
+    weighted = module.energy(z, s, name, noise=noise, weight=weight)
+    torch.testing.assert_close(weighted, weight * plain)
+    got = torch.autograd.grad(weighted.sum(), (z, s))
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@both
+def test_ignored_rows_are_as_if_they_were_not_there(module, name):
+    z, s, noise = draw((5, 19), seed=7)
+    ignore = torch.tensor([False, True, False, False, True])
+    keep = ~ignore
+    upstream = torch.linspace(0.5, 2.0, 5, dtype=torch.float64)
+    got = module.energy(z, s, name, noise=noise, ignore=ignore)
+    gradients = torch.autograd.grad(got, (z, s), upstream)
+    wanted = module.energy(z[keep], s[keep], name, noise=noise[keep])
+    torch.testing.assert_close(got[keep], wanted)
+    for gradient, want in zip(gradients, torch.autograd.grad(wanted, (z, s), upstream[keep]), strict=True):
+        torch.testing.assert_close(gradient, want, rtol=1e-12, atol=1e-12)
+        assert gradient[ignore].abs().max() == 0.0
+    assert got[ignore].abs().max() == 0.0
+    table = torch.randn(19, 4, dtype=torch.float64, requires_grad=True)
+    x = module.soft_embedding(z, table, name, noise=noise, ignore=ignore)
+    alone = module.soft_embedding(z[keep], table, name, noise=noise[keep])
+    torch.testing.assert_close(x[keep], alone)
+    assert x[ignore].abs().max() == 0.0
+    torch.testing.assert_close(
+        torch.autograd.grad(x.sum(), table), torch.autograd.grad(alone.sum(), table), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", ["SG", "GX"])
+def test_a_seed_of_the_definition_is_gumbel_noise_of_that_seed(name):
+    z, s, _ = draw((5, 19), seed=8)
+    noise = gumbel_noise((5, 19), seed=-3)
+    assert torch.equal(ops.reference.energy(z, s, name, seed=-3), ops.reference.energy(z, s, name, noise=noise))
+    assert torch.equal(
+        ops.reference.energy(z, s, name, seed=torch.tensor(-3)), ops.reference.energy(z, s, name, noise=noise)
+    )
+    x = torch.eye(19, dtype=torch.float64)
+    assert torch.equal(
+        ops.reference.soft_embedding(z, x, name, seed=-3), ops.reference.relax(z, name, noise=noise.double())
+    )
+
+
+def test_teacher_weights_may_be_trained_as_well():
+    """The plain way then: the same numbers and every gradient."""
+    torch.manual_seed(9)
+    z, h, w = (torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((5, 11), (5, 6), (11, 6)))
+    got = torch.autograd.grad(ops.teacher_energy(z, h, w, "ST").sum(), (z, h, w))
+    wanted = torch.autograd.grad(ops.energy(z, h @ w.T, "ST").sum(), (z, h, w))
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_ties_go_to_the_lowest_index():
