@@ -35,7 +35,9 @@ except ImportError as error:
     )
 
 # at::vec has pragmas for other compilers, and g++ 12 warns of its own intrinsics' headers.
-CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-Wno-uninitialized"]
+# at::parallel_for is OpenMP in a header. Compiled with it and linked without: torch's own runtime, already in the process,
+# answers, and its threads are the only pool.
+CXX_FLAGS = ["-O3", "-fopenmp", "-g0", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-Wno-uninitialized"]
 ISA_FLAGS = {
     "default": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"],

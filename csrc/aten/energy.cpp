@@ -29,6 +29,7 @@ Tensor checked_grad(const Tensor& grad, const Tensor& z) {
 void check_stats(const Tensor& stats, const Tensor& z) {
   check_device(kWhere, "stats", stats, z);
   check_matrix(kWhere, "stats", stats, z.size(0), kEnergyStats, "the second result of the forward pass");
+  check_same_dtype(kWhere, "stats", stats, accumulation_type(z));
 }
 
 }  // namespace
@@ -70,8 +71,10 @@ void energy_backward_(const Tensor& grad, const Tensor& z, const Tensor& s, cons
     if (!out) continue;
     check_matrix(kWhere, name, *out, z.size(0), z.size(1), "the shape of z");
     check_device(kWhere, name, *out, z);
-    if (out->scalar_type() != like.scalar_type() || (out->stride(1) != 1 && out->size(1) > 1))
-      refuse_shape(kWhere, name, *out, "its logits' dtype and adjacent columns");
+    const bool whole = (out->stride(1) == 1 || out->size(1) <= 1) && (out->stride(0) >= out->size(1) || out->size(0) <= 1);
+    if (out->scalar_type() != like.scalar_type() || !whole)
+      refuse_shape(kWhere, name, *out, "its logits' dtype, adjacent columns and rows apart");
+    out->unsafeGetTensorImpl()->bump_version();  // whoever saved it for a backward pass is told
   }
   const c10::DeviceGuard guard(z.device());
   energy_gradient_rows(options, checked_grad(grad, z), with_adjacent_columns(z), with_adjacent_columns(s),

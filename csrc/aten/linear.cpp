@@ -240,9 +240,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_soft_embedding_backward(
   check_needs(where, needs, 4);
   const int64_t n = student.rows(), v = student.words();
   check_matrix(where, "table", table, v, -1, "(V, D) with V = " + std::to_string(v) + " as in w_student");
-  if (grad) check_matrix(where, "grad", *grad, n, table.size(1), "(N, D), the shape of the result");
-  if (grad_z) check_matrix(where, "grad_z", *grad_z, n, v, "(N, V), the shape of the logits");
-  if (kept_z) check_matrix(where, "z", *kept_z, n, v, "the logits that the forward pass kept");
+  if (grad) {
+    check_matrix(where, "grad", *grad, n, table.size(1), "(N, D), the shape of the result");
+    check_same_dtype(where, "grad", *grad, table.scalar_type());
+  }
+  if (grad_z) {
+    check_matrix(where, "grad_z", *grad_z, n, v, "(N, V), the shape of the logits");
+    check_same_dtype(where, "grad_z", *grad_z, h.scalar_type());
+  }
+  if (kept_z) {
+    check_matrix(where, "z", *kept_z, n, v, "the logits that the forward pass kept");
+    check_same_dtype(where, "z", *kept_z, h.scalar_type());
+  }
   const Options options(where, h, n, v, noise, seed, {}, ignore, hard, identity, temperature);
   const c10::DeviceGuard guard(h.device());
   const bool same = h.scalar_type() == table.scalar_type();

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceType.h>
 
+#include <cmath>
 #include <sstream>
 
 #include "checks.h"
@@ -48,6 +49,10 @@ void check_device(const char* where, const char* name, const Tensor& x, const Te
   if (x.device() != like.device()) refuse(where, name, x.device().str(), "a tensor on " + like.device().str());
 }
 
+void check_same_dtype(const char* where, const char* name, const Tensor& x, at::ScalarType wanted) {
+  if (x.scalar_type() != wanted) refuse(where, name, c10::toString(x.scalar_type()), c10::toString(wanted));
+}
+
 void check_matrix(const char* where, const char* name, const Tensor& x, int64_t rows, int64_t columns,
                   const std::string& wanted) {
   const auto fits = [](int64_t got, int64_t want) { return want < 0 || got == want; };
@@ -74,7 +79,8 @@ Options::Options(const char* where, const Tensor& z, int64_t n, int64_t v, const
     : relaxation_{hard, identity, 1.0 / temperature} {
   if (v < 1 || v > kMaxVocabulary)
     refuse(where, "V", std::to_string(v), "1 to " + std::to_string(kMaxVocabulary) + " words");
-  if (!(temperature > 0)) refuse(where, "temperature", std::to_string(temperature), "a positive number");
+  if (!(temperature > 0) || !std::isfinite(temperature))
+    refuse(where, "temperature", std::to_string(temperature), "a positive number");
   if (identity && !hard) refuse(where, "identity", "true", "false for a soft operator, whose Jacobian is its own");
   const auto wide = accumulation_type(z);
   if (noise && seed) refuse(where, "seed", "given beside noise", "one of the two");

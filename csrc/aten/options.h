@@ -50,6 +50,7 @@ void check_dtypes(const char* where, const char* first_name, const Tensor& first
                   const Tensor& second);
 void check_matrix(const char* where, const char* name, const Tensor& x, int64_t rows, int64_t columns,
                   const std::string& wanted);
+void check_same_dtype(const char* where, const char* name, const Tensor& x, at::ScalarType wanted);
 void check_device(const char* where, const char* name, const Tensor& x, const Tensor& like);
 
 }  // namespace engine_fast

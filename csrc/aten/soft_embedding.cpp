@@ -123,6 +123,8 @@ std::tuple<Tensor, Tensor> soft_embedding_backward(const Tensor& grad, const Ten
   check(z, table);
   check_matrix(kWhere, "grad", grad, z.size(0), table.size(1), "(N, D), the shape of the result");
   check_matrix(kWhere, "stats", stats, z.size(0), kSoftStats, "the second result of the forward pass");
+  check_same_dtype(kWhere, "grad", grad, table.scalar_type());
+  check_same_dtype(kWhere, "stats", stats, accumulation_type(z));
   const Options options(kWhere, z, z.size(0), z.size(1), noise, seed, {}, ignore, hard, identity, temperature);
   const c10::DeviceGuard guard(z.device());
   const Tensor rows = with_adjacent_columns(z), saved = stats.contiguous();

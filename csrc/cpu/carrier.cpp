@@ -63,12 +63,17 @@ void backward_row(const CarrierBackward& args, int64_t row) {
   const auto finish = [&](const F& gradient, int64_t i, int64_t count) {
     store(base ? load<A>(base + i, count) + gradient : gradient, out + i, count);
   };
-  if (ignored(student, row) || student.relaxation.identity) {
-    const bool skip = ignored(student, row);
-    for_lanes<A>(student.v, EF_LANES(i, lanes) { finish(skip ? F(A(0)) : load<A>(dq + i, lanes), i, lanes); });
+  if (ignored(student, row)) {
+    for_lanes<A>(student.v, EF_LANES(i, lanes) { finish(F(A(0)), i, lanes); });
     return;
   }
   const Z* z = row_of<Z>(student.z, row);
+  if (student.relaxation.identity) {  // no operator with it has noise, which would not move an infinity either
+    for_lanes<A>(student.v, EF_LANES(i, lanes) {
+      finish(unless_forbidden(load<A>(z + i, lanes), load<A>(dq + i, lanes)), i, lanes);
+    });
+    return;
+  }
   const Soft<A> soft(student, args.stats, row);
   F dot(A(0));
   for_blocks<A>(student, row, 0, student.v, [&](int64_t begin, int64_t count, const A* noise) {

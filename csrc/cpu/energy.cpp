@@ -86,7 +86,7 @@ Saved<A> saved_of(const EnergyBackward& args, int64_t row) {
   Saved<A> saved;
   saved.max_z = stats[0];
   saved.inv_sum_z = A(1) / stats[1];
-  saved.argmax = static_cast<int64_t>(stats[2]);
+  saved.argmax = stats[2] >= 0 && stats[2] < args.student.v ? static_cast<int64_t>(stats[2]) : 0;  // never outside
   saved.max_s = stats[3];
   saved.log_sum_s = log_of(stats[4]);
   saved.mean = stats[5];

@@ -66,10 +66,11 @@ __global__ __launch_bounds__(Bounds<Z, kNoise>::kThreads, sizeof(Z) == 8 ? 1 : 2
     if (skip || identity) {
       for_batches([&](const auto& place) {
         constexpr int kSize = std::remove_cvref_t<decltype(place)>::kSize;
-        A dq[kSize];
+        A x[kSize], dq[kSize];
         if (!skip) load(dq_row, place, dq, A(0));
+        if (!skip) student_row.load_x(place, x);
 #pragma unroll
-        for (int e = 0; e < kSize; ++e) dq[e] = skip ? A(0) : dq[e];
+        for (int e = 0; e < kSize; ++e) dq[e] = skip ? A(0) : unless_forbidden(x[e], dq[e]);
         put(place, dq);
       });
       continue;

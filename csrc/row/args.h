@@ -69,7 +69,7 @@ struct Carrier {
   Matrix out;  // (n, columns)
 };
 
-// out = base + c (dq - <c, dq>) / temperature, or base + dq for the identity. out may be dq, base or z.
+// out = base + c (dq - <c, dq>) / temperature; for the identity base + dq, and base where z is -inf. out may be dq, base or z.
 struct CarrierBackward {
   Student student;
   const void* stats = nullptr;  // (n, kSoftStats)

@@ -71,7 +71,7 @@ EF_HD void store(const RowState<A>& state, A* stats) {
   store(state.z, stats);
   stats[3] = state.max_s;
   stats[4] = state.sum_s;
-  stats[5] = state.dot / state.z.sum;
+  stats[5] = unless_zero(state.z.sum, state.dot / state.z.sum);  // STL has no sum
 }
 
 // e = logsumexp(s) - <q, s>; s_at_argmax is s[argmax], read for a hard operator only.

@@ -5,6 +5,7 @@ csrc/aten repeats what a kernel's safety needs, for callers of the raw operators
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -23,12 +24,13 @@ def energy(
     seed: int | Tensor | None,
     weight: Tensor | None,
     ignore: Tensor | None,
+    temperature: float,
 ) -> None:
     where = "energy"
     if z.ndim != 2 or z.shape != s.shape:
         raise ConfigError(f"{where}: z {tuple(z.shape)}, s {tuple(s.shape)}, expected two equal (N, V) shapes.")
     _pair(where, "z", z, "s", s)
-    options(where, z, z.shape[0], z.shape[1], noise, seed, weight, ignore)
+    options(where, z, z.shape[0], z.shape[1], noise, seed, weight, ignore, temperature)
 
 
 def soft_embedding(
@@ -37,12 +39,13 @@ def soft_embedding(
     noise: Tensor | None,
     seed: int | Tensor | None,
     ignore: Tensor | None,
+    temperature: float,
 ) -> None:
     where = "soft_embedding"
     if z.ndim != 2 or table.ndim != 2 or z.shape[1] != table.shape[0]:
         raise ConfigError(f"{where}: z {tuple(z.shape)}, table {tuple(table.shape)}, expected (N, V) and (V, D).")
     _pair(where, "z", z, "table", table)
-    options(where, z, z.shape[0], z.shape[1], noise, seed, None, ignore)
+    options(where, z, z.shape[0], z.shape[1], noise, seed, None, ignore, temperature)
 
 
 def head(
@@ -125,18 +128,28 @@ def options(
     seed: int | Tensor | None,
     weight: Tensor | None,
     ignore: Tensor | None,
+    temperature: float,
 ) -> None:
     """What every operator is told besides its matrices."""
     if num_words < 1:
         raise ConfigError(f"{where}: V = {num_words}, expected at least one word.")
     if noise is not None and seed is not None:
         raise ConfigError(f"{where}: noise and seed are both given, expected one of them.")
+    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
+        raise ConfigError(f"{where}: temperature = {temperature!r}, expected a positive number.")
     if noise is not None:
+        if noise.requires_grad:
+            raise ConfigError(f"{where}: noise requires a gradient and gets none. Detach it.")
+        if noise.dtype not in _FLOATS:
+            raise ConfigError(f"{where}: noise is {noise.dtype}, expected a floating dtype.")
         _same_device(where, "z", like, "noise", noise)
         if noise.shape != (num_rows, num_words):
             raise ConfigError(f"{where}: noise {tuple(noise.shape)}, expected {(num_rows, num_words)} as the logits.")
     if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.dtype != torch.int64):
         raise ConfigError(f"{where}: seed {seed.dtype} {tuple(seed.shape)}, expected one int64.")
+    if seed is not None and not isinstance(seed, Tensor):
+        if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+            raise ConfigError(f"{where}: seed = {seed!r}, expected an integer from -2**63 to 2**63 - 1.")
     for name, vector in (("weight", weight), ("ignore", ignore)):
         if vector is None:
             continue

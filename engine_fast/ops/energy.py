@@ -36,12 +36,12 @@ def energy(
         noise, seed: Gumbel noise itself, or its key; default: a key drawn from torch's generator. Read by SG and
             GX only.
         overwrite: the backward pass writes dz and ds over z and s; only where nobody reads the logits after it.
-            Without effect with retain_graph=True, under torch.compile and on the reference path.
+            Without effect where z and s share memory or their columns are apart, with retain_graph=True, under torch.compile and on the reference path.
     Returns: (N,) nats, float32 (float64).
     Gradients: dz, ds in the dtypes of z and s; not differentiable twice.
     """
     op = get_operator(operator)
-    checks.energy(z, s, noise, seed, weight, ignore)
+    checks.energy(z, s, noise, seed, weight, ignore, temperature)
     if not library.fused(z):
         return reference.energy(z, s, op, noise=noise, seed=seed, weight=weight, ignore=ignore, temperature=temperature)
     checks.kernel_dtype("energy", "z", z)
@@ -111,12 +111,18 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
         return None, None, *nothing
     z, s, stats, *options = ctx.saved_tensors
     need_z, need_s = ctx.needs_input_grad[:2]
-    if not (ctx.overwrite and library.may_overwrite(z, s, grad)):
+    if not (ctx.overwrite and library.may_overwrite(z, s, grad) and _apart(z, s)):
         dz, ds = torch.ops.engine_fast.energy_backward(grad, z, s, stats, *options, *ctx.relaxation, need_z, need_s)
         return dz if need_z else None, ds if need_s else None, *nothing
     targets = z.detach() if need_z else None, s.detach() if need_s else None
     torch.ops.engine_fast.energy_backward_(grad, z, s, stats, *options, *ctx.relaxation, *targets)
     return *targets, *nothing
+
+
+def _apart(z: Tensor, s: Tensor) -> bool:
+    """Whether every element of both has memory of its own, in rows that a kernel can write."""
+    whole = all(x.stride(1) == 1 and x.stride(0) >= x.shape[1] for x in (z, s))
+    return whole and z.untyped_storage().data_ptr() != s.untyped_storage().data_ptr()
 
 
 _energy = library.differentiable("energy", _backward, _setup)

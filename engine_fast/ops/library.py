@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from engine_fast import extension
 from engine_fast.errors import BuildError, ConfigError
@@ -100,6 +101,7 @@ def differentiable(name: str, backward: Callable[..., Any], setup: Callable[...,
     """
     if PROBLEM:
         return _absent
+    backward = once_differentiable(backward)
     torch.library.register_autograd(f"engine_fast::{name}", backward, setup_context=setup)
     operator = getattr(torch.ops.engine_fast, name).default
 
@@ -112,7 +114,8 @@ def differentiable(name: str, backward: Callable[..., Any], setup: Callable[...,
     direct: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*arguments: Any) -> Any:
-        return operator(*arguments) if torch.compiler.is_compiling() else direct.apply(*arguments)
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        return operator(*arguments) if traced else direct.apply(*arguments)
 
     return call
 

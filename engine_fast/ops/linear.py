@@ -45,7 +45,7 @@ def linear_energy(
     """
     op = get_operator(operator)
     checks.linear_energy(h_student, w_student, bias_student, h_teacher, w_teacher, bias_teacher, reduction)
-    checks.options("linear_energy", h_student, len(h_student), len(w_student), noise, seed, weight, ignore)
+    checks.options("linear_energy", h_student, len(h_student), len(w_student), noise, seed, weight, ignore, temperature)
     if not library.fused(h_student):
         return reference.linear_energy(
             h_student, w_student, h_teacher, w_teacher, op, bias_student=bias_student, bias_teacher=bias_teacher,
@@ -87,7 +87,7 @@ def teacher_energy(
     op = get_operator(operator)
     checks.head("teacher_energy", "h_teacher", h_teacher, "w_teacher", w_teacher, "bias_teacher", bias_teacher)
     checks.teacher_logits(z, h_teacher, w_teacher)
-    checks.options("teacher_energy", z, z.shape[0], z.shape[1], noise, seed, weight, ignore)
+    checks.options("teacher_energy", z, z.shape[0], z.shape[1], noise, seed, weight, ignore, temperature)
     trained = w_teacher.requires_grad or (bias_teacher is not None and bias_teacher.requires_grad)
     if not library.fused(z) or (trained and torch.is_grad_enabled()):
         return reference.teacher_energy(
@@ -158,7 +158,7 @@ def _embed(
     op, where = get_operator(operator), "linear_soft_embedding"
     checks.head(where, "h", h, "w_student", w_student, "bias_student", bias_student)
     checks.table(where, w_student, table, h)
-    checks.options(where, h, len(h), len(w_student), noise, seed, None, ignore)
+    checks.options(where, h, len(h), len(w_student), noise, seed, None, ignore, temperature)
     if not library.fused(h):
         return reference.linear_soft_embedding_and_logits(
             h, w_student, table, op,

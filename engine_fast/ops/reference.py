@@ -62,18 +62,20 @@ def energy(
     Gradients: ds = softmax(s) - q, exact; dz follows the operator's Jacobian.
     """
     op = get_operator(operator)
-    checks.energy(z, s, noise, seed, weight, ignore)
+    checks.energy(z, s, noise, seed, weight, ignore, temperature)
     z, s = _accumulate(z), _accumulate(s)
     if ignore is not None:
         z, s = z.masked_fill(ignore[:, None], 0.0), s.masked_fill(ignore[:, None], 0.0)
     log_p = s.log_softmax(-1)
     perturbed, carrier = _carrier(z, op, noise, seed, temperature)
     forbidden = carrier == (0.0 if op.jacobian == "softmax" else -torch.inf)
+    # What only the teacher forbids: a product with the zero that carries the gradient must stay zero.
     allowed_log_p = log_p.masked_fill(forbidden, 0.0)
+    bounded_log_p = allowed_log_p.detach().clamp_min(torch.finfo(log_p.dtype).min)
     if op.hard:
         value = -log_p.gather(-1, perturbed.argmax(-1, keepdim=True)).squeeze(-1)
         # Its value cancels (but for NaN), its gradient is the straight-through one.
-        e = value - (_through(carrier).masked_fill(forbidden, 0.0) * allowed_log_p.detach()).sum(-1)
+        e = value - (_through(carrier).masked_fill(forbidden, 0.0) * bounded_log_p).sum(-1)
     else:
         e = -(carrier * allowed_log_p).sum(-1)
     e = e * (1 + _nothing(perturbed))  # the gradients of a row that means nothing are NaN too
@@ -99,7 +101,7 @@ def soft_embedding(
     Gradients: to z along the operator's Jacobian; to table only if it requires one.
     """
     op = get_operator(operator)
-    checks.soft_embedding(z, table, noise, seed, ignore)
+    checks.soft_embedding(z, table, noise, seed, ignore, temperature)
     z = _accumulate(z)
     if ignore is not None:
         z = z.masked_fill(ignore[:, None], 0.0)

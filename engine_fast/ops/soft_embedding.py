@@ -31,7 +31,7 @@ def soft_embedding(
     rows up; the backward pass needs no (N, V) tensor but dz itself. float32 sums over V; dz in the dtype of z.
     """
     op = get_operator(operator)
-    checks.soft_embedding(z, table, noise, seed, ignore)
+    checks.soft_embedding(z, table, noise, seed, ignore, temperature)
     if not library.fused(z):
         return reference.soft_embedding(z, table, op, noise=noise, seed=seed, ignore=ignore, temperature=temperature)
     if library.checks_finite():
