@@ -38,7 +38,7 @@ struct Head {
       refuse_shape(where, bias_name, *bias, "(V,), of the dtype of " + std::string(weight_name));
   }
 
-  Tensor scratch(int64_t rows) const { return at::empty({rows, words()}, hidden.options()); }
+  Tensor scratch(int64_t rows) const { return fresh({rows, words()}, hidden.options()); }
 
   // Into out (count, V).
   void logits(int64_t begin, int64_t count, const Tensor& out) const {
@@ -232,7 +232,7 @@ std::tuple<Tensor, Tensor> linear_soft_embedding(const Tensor& h, const Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_soft_embedding_backward(
     const Maybe& grad, const Maybe& grad_z, const Tensor& h, const Tensor& w, const Maybe& b, const Tensor& table,
-    const Maybe& kept_z, const Maybe& noise, const Maybe& seed, const Maybe& ignore, bool hard, bool identity,
+    const Tensor& x, const Maybe& kept_z, const Maybe& noise, const Maybe& seed, const Maybe& ignore, bool hard, bool identity,
     double temperature, c10::List<bool> needs) {
   constexpr const char* where = "linear_soft_embedding";
   const Head student{"h", "w_student", "bias_student", h, w, b};
@@ -244,6 +244,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_soft_embedding_backward(
     check_matrix(where, "grad", *grad, n, table.size(1), "(N, D), the shape of the result");
     check_same_dtype(where, "grad", *grad, table.scalar_type());
   }
+  check_matrix(where, "x", x, n, table.size(1), "(N, D), the result itself");
+  check_same_dtype(where, "x", x, table.scalar_type());
   if (grad_z) {
     check_matrix(where, "grad_z", *grad_z, n, v, "(N, V), the shape of the logits");
     check_same_dtype(where, "grad_z", *grad_z, h.scalar_type());
@@ -261,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_soft_embedding_backward(
   const Tensor z = kept_z ? Tensor() : student.scratch(step);
   const Tensor kept = kept_z ? with_adjacent_columns(*kept_z) : Tensor();
   const Tensor base = grad_z ? with_adjacent_columns(*grad_z) : Tensor();
-  const Tensor dq = at::empty({step, v}, table.options()), dz = same ? dq : student.scratch(step);
+  const Tensor dq = fresh({step, v}, table.options()), dz = same ? dq : student.scratch(step);
   const Tensor stats = at::empty({step, kSoftStats}, h.options().dtype(accumulation_type(h)));
   const Tensor dtable =
       needs[3] ? at::zeros(table.sizes(), table.options().dtype(accumulation_type(table))) : Tensor();
@@ -275,7 +277,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_soft_embedding_backward(
     soft_rows(tile, tile_z, scratch(stats));
     if (dtable.defined()) embed_table_gradient(tile, du, tile_z, scratch(stats), dtable);
     if (!gradients.any()) return;
-    embed_gradient_rows(tile, du, tile_z, table, scratch(stats), scratch(dq), of_logits, scratch(dz));
+    embed_gradient_rows(tile, du, tile_z, table, scratch(stats), x.narrow(0, begin, count), scratch(dq),
+                        of_logits, scratch(dz));
     gradients.add(begin, scratch(dz));
   });
   return {gradients.hidden(), gradients.weight(), gradients.bias(),

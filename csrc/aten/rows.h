@@ -16,9 +16,12 @@ void soft_rows(const Options& options, const Tensor& z, const Tensor& stats);
 void carrier_rows(const Options& options, const Tensor& z, const Tensor& stats, int64_t first_column,
                   const Tensor& out);
 
-// base: undefined = 0.
+// base: undefined = 0. mean: <c, dq> of each row; undefined = computed.
 void carrier_gradient_rows(const Options& options, const Tensor& z, const Tensor& stats, const Tensor& dq,
-                           const Tensor& base, const Tensor& out);
+                           const Tensor& base, const Tensor& out, const Tensor& mean);
+
+// at::empty, in large pages where it is large: a fresh tensor's page faults take longer than the kernel that fills it.
+Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 // per_tile(first row, rows) for n rows of `bytes_per_row` scratch.
 template <typename F>

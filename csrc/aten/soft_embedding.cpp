@@ -5,7 +5,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/sub.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
@@ -81,9 +83,11 @@ void embed_rows(const Options& options, const Tensor& z, const Tensor& table, co
 }
 
 void embed_gradient_rows(const Options& options, const Tensor& grad, const Tensor& z, const Tensor& table,
-                         const Tensor& stats, const Tensor& dq, const Tensor& base, const Tensor& out) {
+                         const Tensor& stats, const Tensor& x, const Tensor& dq, const Tensor& base, const Tensor& out) {
   at::mm_out(const_cast<Tensor&>(dq), grad, table.t());
-  carrier_gradient_rows(options, z, stats, dq, base, out);
+  // <c, dq> = <c, grad table'> = <x, grad> of a soft operator, where x was not rounded to fewer digits than c has.
+  const bool known = !options.hard() && x.scalar_type() == accumulation_type(z);
+  carrier_gradient_rows(options, z, stats, dq, base, out, known ? at::sum(at::mul(x, grad), 1) : Tensor());
 }
 
 void embed_table_gradient(const Options& options, const Tensor& grad, const Tensor& z, const Tensor& stats,
@@ -117,13 +121,15 @@ std::tuple<Tensor, Tensor> soft_embedding(const Tensor& z, const Tensor& table, 
 }
 
 std::tuple<Tensor, Tensor> soft_embedding_backward(const Tensor& grad, const Tensor& z, const Tensor& table,
-                                                   const Tensor& stats, const Maybe& noise, const Maybe& seed,
+                                                   const Tensor& stats, const Tensor& x, const Maybe& noise, const Maybe& seed,
                                                    const Maybe& ignore, bool hard, bool identity, double temperature,
                                                    bool need_z, bool need_table) {
   check(z, table);
   check_matrix(kWhere, "grad", grad, z.size(0), table.size(1), "(N, D), the shape of the result");
   check_matrix(kWhere, "stats", stats, z.size(0), kSoftStats, "the second result of the forward pass");
+  check_matrix(kWhere, "x", x, z.size(0), table.size(1), "(N, D), the result itself");
   check_same_dtype(kWhere, "grad", grad, table.scalar_type());
+  check_same_dtype(kWhere, "x", x, table.scalar_type());
   check_same_dtype(kWhere, "stats", stats, accumulation_type(z));
   const Options options(kWhere, z, z.size(0), z.size(1), noise, seed, {}, ignore, hard, identity, temperature);
   const c10::DeviceGuard guard(z.device());
@@ -131,14 +137,14 @@ std::tuple<Tensor, Tensor> soft_embedding_backward(const Tensor& grad, const Ten
   const int64_t n = z.size(0), v = z.size(1);
   Tensor dz = at::empty({0}, z.options()), dtable = at::empty({0}, table.options());
   if (need_z) {
-    dz = at::empty({n, v}, z.options());
+    dz = fresh({n, v}, z.options());
     const bool same = z.scalar_type() == table.scalar_type();
     const int64_t step = same ? std::max<int64_t>(1, n) : rows_per_tile(z, n, v * table.element_size());
     const Tensor scratch = same ? Tensor() : at::empty({step, v}, table.options());
     for_tiles(step, n, [&](int64_t begin, int64_t count) {
       const auto part = [&](const Tensor& x) { return x.narrow(0, begin, count); };
       const Tensor out = part(dz), dq = same ? out : scratch.narrow(0, 0, count);
-      embed_gradient_rows(options.rows(begin, count), part(grad), part(rows), table, part(saved), dq, Tensor(), out);
+      embed_gradient_rows(options.rows(begin, count), part(grad), part(rows), table, part(saved), part(x), dq, Tensor(), out);
     });
   }
   if (need_table) {
