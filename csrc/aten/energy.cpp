@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor> energy_backward(const Tensor& grad, const Tensor& z, 
   const Options options = checked(z, s, noise, seed, weight, ignore, hard, identity, temperature);
   check_stats(stats, z);
   const c10::DeviceGuard guard(z.device());
-  const Tensor dz = need_z ? fresh(z.sizes(), z.options()) : Tensor();
-  const Tensor ds = need_s ? fresh(s.sizes(), s.options()) : Tensor();
+  const Tensor dz = need_z ? at::empty(z.sizes(), z.options()) : Tensor();
+  const Tensor ds = need_s ? at::empty(s.sizes(), s.options()) : Tensor();
   energy_gradient_rows(options, checked_grad(grad, z), with_adjacent_columns(z), with_adjacent_columns(s),
                        stats.contiguous(), dz, ds);
   const auto or_empty = [](const Tensor& x, const Tensor& like) {

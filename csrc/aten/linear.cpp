@@ -38,7 +38,7 @@ struct Head {
       refuse_shape(where, bias_name, *bias, "(V,), of the dtype of " + std::string(weight_name));
   }
 
-  Tensor scratch(int64_t rows) const { return fresh({rows, words()}, hidden.options()); }
+  Tensor scratch(int64_t rows) const { return at::empty({rows, words()}, hidden.options()); }
 
   // Into out (count, V).
   void logits(int64_t begin, int64_t count, const Tensor& out) const {
@@ -263,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_soft_embedding_backward(
   const Tensor z = kept_z ? Tensor() : student.scratch(step);
   const Tensor kept = kept_z ? with_adjacent_columns(*kept_z) : Tensor();
   const Tensor base = grad_z ? with_adjacent_columns(*grad_z) : Tensor();
-  const Tensor dq = fresh({step, v}, table.options()), dz = same ? dq : student.scratch(step);
+  const Tensor dq = at::empty({step, v}, table.options()), dz = same ? dq : student.scratch(step);
   const Tensor stats = at::empty({step, kSoftStats}, h.options().dtype(accumulation_type(h)));
   const Tensor dtable =
       needs[3] ? at::zeros(table.sizes(), table.options().dtype(accumulation_type(table))) : Tensor();

@@ -8,10 +8,6 @@
 
 #include <algorithm>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "backend.h"
 #include "row/state.h"
 
@@ -54,18 +50,6 @@ void carrier_gradient_rows(const Options& options, const Tensor& z, const Tensor
   backend(z).carrier_backward(
       {options.student(z), stats.const_data_ptr(), matrix_of(dq), maybe_matrix(base), matrix_of(out),
        mean.defined() ? mean.const_data_ptr() : nullptr});
-}
-
-Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const Tensor x = at::empty(sizes, options);
-#if defined(__linux__)
-  constexpr uintptr_t page = uintptr_t{2} << 20;
-  if (!x.device().is_cpu()) return x;
-  const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr()), end = begin + x.nbytes();
-  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
-#endif
-  return x;
 }
 
 int64_t rows_per_tile(const Tensor& like, int64_t n, int64_t bytes_per_row) {

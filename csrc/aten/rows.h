@@ -20,9 +20,6 @@ void carrier_rows(const Options& options, const Tensor& z, const Tensor& stats, 
 void carrier_gradient_rows(const Options& options, const Tensor& z, const Tensor& stats, const Tensor& dq,
                            const Tensor& base, const Tensor& out, const Tensor& mean);
 
-// at::empty, in large pages where it is large: a fresh tensor's page faults take longer than the kernel that fills it.
-Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options);
-
 // per_tile(first row, rows) for n rows of `bytes_per_row` scratch.
 template <typename F>
 void for_tiles(int64_t rows_per_tile, int64_t n, const F& per_tile) {

@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor> soft_embedding_backward(const Tensor& grad, const Ten
   const int64_t n = z.size(0), v = z.size(1);
   Tensor dz = at::empty({0}, z.options()), dtable = at::empty({0}, table.options());
   if (need_z) {
-    dz = fresh({n, v}, z.options());
+    dz = at::empty({n, v}, z.options());
     const bool same = z.scalar_type() == table.scalar_type();
     const int64_t step = same ? std::max<int64_t>(1, n) : rows_per_tile(z, n, v * table.element_size());
     const Tensor scratch = same ? Tensor() : at::empty({step, v}, table.options());

@@ -48,7 +48,7 @@ void carrier_row(const Carrier& args, int64_t row) {
   for_blocks<A>(args.student, row, args.first_column, args.columns, [&](int64_t begin, int64_t count, const A* noise) {
     Q* block = out + begin - args.first_column;
     for_lanes<A>(count, EF_LANES(i, lanes) {
-      fetch_ahead<A>(z + begin + i);
+      fetch<A>(z + begin + i + args.student.z.stride);  // a chunk of columns is narrow: the next row comes next
       store(soft(perturbed(z + begin, noise, i, lanes)), block + i, lanes);
     });
   });

@@ -21,12 +21,18 @@ T* row_of(const Matrix& matrix, int64_t row) {
   return matrix.data == nullptr ? nullptr : static_cast<T*>(matrix.data) + row * matrix.stride;
 }
 
-// The same lanes of the next block, into the first-level cache: while sums are computed, memory would be idle.
+// A pair of vectors into the first-level cache: while sums are computed, memory would be idle. Never a fault.
+template <typename A, typename T>
+EF_HD void fetch(const T* data) {
+  constexpr int64_t bytes = Pair<A>::size() * sizeof(T), line = 64;
+  for (int64_t offset = 0; offset < bytes; offset += line)
+    __builtin_prefetch(reinterpret_cast<const char*>(data) + offset);
+}
+
+// The same lanes of the next block.
 template <typename A, typename T>
 EF_HD void fetch_ahead(const T* data) {
-  constexpr int64_t bytes = Pair<A>::size() * sizeof(T), line = 64;
-  const char* next = reinterpret_cast<const char*>(data + kBlock);
-  for (int64_t offset = 0; offset < bytes; offset += line) __builtin_prefetch(next + offset);
+  fetch<A>(data + kBlock);
 }
 
 inline bool ignored(const Student& student, int64_t row) { return student.ignore && student.ignore[row]; }
