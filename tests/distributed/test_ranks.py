@@ -13,11 +13,11 @@ from . import worker
 WORKER = Path(worker.__file__)
 
 
-def launch(ranks, stage, precision="fp32"):
+def launch(ranks, stage, setting="fp32", worker=WORKER):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     done = subprocess.run(
-        [*command, str(WORKER), str(stage), precision], capture_output=True, text=True, timeout=300, check=False
+        [*command, str(worker), str(stage), setting], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
