@@ -34,9 +34,9 @@ except ImportError as error:
         "`make install` does all of this."
     )
 
-# at::vec has pragmas for other compilers, and g++ 12 warns of its own intrinsics' headers.
-# at::parallel_for is OpenMP in a header. Compiled with it and linked without: torch's own runtime, already in the process,
-# answers, and its threads are the only pool.
+# at::parallel_for is OpenMP in a header. Compiled with it and linked without: torch's own runtime, already in the
+# process, answers, and its threads are the only pool. at::vec has pragmas for other compilers, and g++ 12 warns of its
+# own intrinsics' headers.
 CXX_FLAGS = ["-O3", "-fopenmp", "-g0", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-Wno-uninitialized"]
 ISA_FLAGS = {
     "default": [],
@@ -131,7 +131,12 @@ def extension() -> Any:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
     sources += sorted(ROOT.glob("csrc/cuda/*.cu")) + sorted(ROOT.glob("csrc/cuda/*.cpp"))
     arguments["extra_compile_args"]["cxx"].append("-DENGINE_FAST_WITH_CUDA")
-    arguments["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-diag-suppress=1675"]
+    arguments["extra_compile_args"]["nvcc"] = [
+        "-O3",
+        "-std=c++20",
+        "--expt-relaxed-constexpr",
+        "-diag-suppress=1675",
+    ]  # g++'s unroll pragma
     return CUDAExtension(sources=[str(path.relative_to(ROOT)) for path in sources], **arguments)
 
 

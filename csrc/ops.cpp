@@ -64,7 +64,8 @@ PYBIND11_MODULE(_C, m) {
         "Offsets into `order` that cut it into batches within a token budget; see csrc/host/batching.h.");
 }
 
-// N rows, V words. Every operator ends with the options of csrc/aten/options.h. Functional, but for energy_backward_.
+// N rows, V words. Every operator takes the options of csrc/aten/options.h, then its own flags. Functional, but for
+// energy_backward_. Only the first result of a forward operator has a gradient.
 #define EF_OPTIONS "Tensor? noise, Tensor? seed, Tensor? ignore, bool hard, bool identity, float temperature"
 #define EF_WEIGHTED "Tensor? noise, Tensor? seed, Tensor? weight, Tensor? ignore, bool hard, bool identity, float temperature"
 #define EF_HEADS \
@@ -77,7 +78,7 @@ TORCH_LIBRARY(engine_fast, m) {
   m.def("energy_backward_(Tensor grad, Tensor z, Tensor s, Tensor stats, " EF_WEIGHTED
         ", Tensor(a!)? dz, Tensor(b!)? ds) -> ()");
   m.def("soft_embedding(Tensor z, Tensor table, " EF_OPTIONS ") -> (Tensor x, Tensor stats)");
-  m.def("soft_embedding_backward(Tensor grad, Tensor z, Tensor table, Tensor stats, Tensor x, " EF_OPTIONS
+  m.def("soft_embedding_backward(Tensor grad, Tensor z, Tensor table, Tensor stats, Tensor? x, " EF_OPTIONS
         ", bool need_z, bool need_table) -> (Tensor dz, Tensor dtable)");
   m.def("linear_energy(" EF_HEADS ", " EF_WEIGHTED ") -> Tensor energy");
   m.def("linear_energy_gradients(Tensor grad, " EF_HEADS ", " EF_WEIGHTED
@@ -87,11 +88,11 @@ TORCH_LIBRARY(engine_fast, m) {
         ", bool[] needs, bool overwrite) -> (Tensor total, Tensor dh_student, Tensor dw_student, Tensor db_student,"
         " Tensor dh_teacher, Tensor dw_teacher, Tensor db_teacher)");
   m.def("teacher_energy(Tensor z, Tensor h_teacher, Tensor w_teacher, Tensor? b_teacher, " EF_WEIGHTED
-        ", bool need_hidden, bool overwrite) -> (Tensor energy, Tensor s, Tensor stats, Tensor dh_teacher)");
+        ", bool need_logits, bool need_hidden, bool overwrite) -> (Tensor energy, Tensor s, Tensor stats, Tensor dh_teacher)");
   m.def("linear_soft_embedding(Tensor h, Tensor w_student, Tensor? b_student, Tensor table, " EF_OPTIONS
         ", bool keep_logits) -> (Tensor x, Tensor z)");
   m.def("linear_soft_embedding_backward(Tensor? grad, Tensor? grad_z, Tensor h, Tensor w_student, Tensor? b_student,"
-        " Tensor table, Tensor x, Tensor? z, " EF_OPTIONS ", bool[] needs)"
+        " Tensor table, Tensor? x, Tensor? z, " EF_OPTIONS ", bool[] needs)"
         " -> (Tensor dh, Tensor dw_student, Tensor db_student, Tensor dtable)");
 }
 

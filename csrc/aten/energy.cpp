@@ -1,7 +1,5 @@
 // energy(z, s): see engine_fast/ops/reference.py for the definition and ops.cpp for the schemas.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <c10/core/DeviceGuard.h>
 
 #include "aten/operators.h"
 #include "aten/rows.h"
@@ -27,9 +25,8 @@ Tensor checked_grad(const Tensor& grad, const Tensor& z) {
 }
 
 void check_stats(const Tensor& stats, const Tensor& z) {
-  check_device(kWhere, "stats", stats, z);
   check_matrix(kWhere, "stats", stats, z.size(0), kEnergyStats, "the second result of the forward pass");
-  check_same_dtype(kWhere, "stats", stats, accumulation_type(z));
+  check_like(kWhere, "stats", stats, z, accumulation_type(z));
 }
 
 }  // namespace
@@ -38,7 +35,7 @@ std::tuple<Tensor, Tensor> energy(const Tensor& z, const Tensor& s, const Maybe&
                                   const Maybe& weight, const Maybe& ignore, bool hard, bool identity,
                                   double temperature, bool /*overwrite*/) {
   const Options options = checked(z, s, noise, seed, weight, ignore, hard, identity, temperature);
-  const c10::DeviceGuard guard(z.device());
+  const Scope scope(z);
   const auto wide = z.options().dtype(accumulation_type(z));
   const Tensor energy = at::empty({z.size(0)}, wide), stats = at::empty({z.size(0), kEnergyStats}, wide);
   energy_rows(options, with_adjacent_columns(z), with_adjacent_columns(s), energy, stats);
@@ -51,7 +48,7 @@ std::tuple<Tensor, Tensor> energy_backward(const Tensor& grad, const Tensor& z, 
                                            bool need_z, bool need_s) {
   const Options options = checked(z, s, noise, seed, weight, ignore, hard, identity, temperature);
   check_stats(stats, z);
-  const c10::DeviceGuard guard(z.device());
+  const Scope scope(z);
   const Tensor dz = need_z ? at::empty(z.sizes(), z.options()) : Tensor();
   const Tensor ds = need_s ? at::empty(s.sizes(), s.options()) : Tensor();
   energy_gradient_rows(options, checked_grad(grad, z), with_adjacent_columns(z), with_adjacent_columns(s),
@@ -70,13 +67,12 @@ void energy_backward_(const Tensor& grad, const Tensor& z, const Tensor& s, cons
   for (const auto& [name, out, like] : {std::tuple{"dz", dz, z}, std::tuple{"ds", ds, s}}) {
     if (!out) continue;
     check_matrix(kWhere, name, *out, z.size(0), z.size(1), "the shape of z");
-    check_device(kWhere, name, *out, z);
+    check_like(kWhere, name, *out, z, like.scalar_type());
     const bool whole = (out->stride(1) == 1 || out->size(1) <= 1) && (out->stride(0) >= out->size(1) || out->size(0) <= 1);
-    if (out->scalar_type() != like.scalar_type() || !whole)
-      refuse_shape(kWhere, name, *out, "its logits' dtype, adjacent columns and rows apart");
+    if (!whole) refuse_shape(kWhere, name, *out, "a matrix with adjacent columns and rows apart");
     out->unsafeGetTensorImpl()->bump_version();  // whoever saved it for a backward pass is told
   }
-  const c10::DeviceGuard guard(z.device());
+  const Scope scope(z);
   energy_gradient_rows(options, checked_grad(grad, z), with_adjacent_columns(z), with_adjacent_columns(s),
                        stats.contiguous(), dz ? *dz : Tensor(), ds ? *ds : Tensor());
 }

@@ -6,10 +6,12 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/DeviceGuard.h>
+
+#include <array>
 
 #include "aten/operators.h"
 #include "aten/soft_embedding.h"
+#include "checks.h"
 #include "row/state.h"
 
 namespace engine_fast {
@@ -29,13 +31,11 @@ struct Head {
     check_matrix(where, hidden_name, hidden, -1, -1, "(N, D) hidden states");
     check_matrix(where, weight_name, weight, -1, hidden.size(1),
                  "(V, D) with D = " + std::to_string(hidden.size(1)) + " as in " + hidden_name);
-    check_device(where, weight_name, weight, hidden);
-    if (weight.scalar_type() != hidden.scalar_type())
-      refuse_shape(where, weight_name, weight, std::string("the dtype of ") + hidden_name);
+    check_like(where, weight_name, weight, hidden, hidden.scalar_type());
     if (!bias) return;
-    check_device(where, bias_name, *bias, hidden);
-    if (bias->dim() != 1 || bias->size(0) != words() || bias->scalar_type() != hidden.scalar_type())
-      refuse_shape(where, bias_name, *bias, "(V,), of the dtype of " + std::string(weight_name));
+    check_like(where, bias_name, *bias, hidden, hidden.scalar_type());
+    if (bias->dim() != 1 || bias->size(0) != words())
+      refuse_shape(where, bias_name, *bias, "(" + std::to_string(words()) + ",), one for each word");
   }
 
   Tensor scratch(int64_t rows) const { return at::empty({rows, words()}, hidden.options()); }
@@ -108,7 +108,7 @@ Tensor linear_energy(const Tensor& h_student, const Tensor& w_student, const May
   check_heads(where, student, teacher);
   const int64_t n = student.rows(), v = student.words();
   const Options options(where, h_student, n, v, noise, seed, weight, ignore, hard, identity, temperature);
-  const c10::DeviceGuard guard(h_student.device());
+  const Scope scope(h_student);
   const auto wide = h_student.options().dtype(accumulation_type(h_student));
   const Tensor energy = at::empty({n}, wide);
   const int64_t step = rows_per_tile(h_student, n, student.bytes_per_row() + teacher.bytes_per_row());
@@ -133,8 +133,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_energy
   check_needs(where, needs, 6);
   const int64_t n = student.rows(), v = student.words();
   const Options options(where, h_student, n, v, noise, seed, weight, ignore, hard, identity, temperature);
+  check_device(where, "grad", grad, h_student);
   if (grad.dim() != 1 || grad.size(0) != n) refuse_shape(where, "grad", grad, "(N,), one per row");
-  const c10::DeviceGuard guard(h_student.device());
+  const Scope scope(h_student);
   const auto wide = h_student.options().dtype(accumulation_type(h_student));
   const Tensor u = grad.to(accumulation_type(h_student)).contiguous(), energy = at::empty({n}, wide);
   const int64_t step = rows_per_tile(h_student, n, student.bytes_per_row() + teacher.bytes_per_row());
@@ -174,7 +175,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> teacher_energy(const Tensor& z, const
                                                           const Tensor& w_teacher, const Maybe& b_teacher,
                                                           const Maybe& noise, const Maybe& seed, const Maybe& weight,
                                                           const Maybe& ignore, bool hard, bool identity,
-                                                          double temperature, bool need_hidden, bool /*overwrite*/) {
+                                                          double temperature, bool need_logits, bool need_hidden,
+                                                          bool /*overwrite*/) {
   constexpr const char* where = "teacher_energy";
   const Head teacher{"h_teacher", "w_teacher", "bias_teacher", h_teacher, w_teacher, b_teacher};
   teacher.check(where);
@@ -183,26 +185,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> teacher_energy(const Tensor& z, const
                                         std::to_string(v) + " as in w_teacher");
   check_dtypes(where, "z", z, "h_teacher", h_teacher);
   const Options options(where, z, n, v, noise, seed, weight, ignore, hard, identity, temperature);
-  const c10::DeviceGuard guard(z.device());
+  const Scope scope(z);
   const auto wide = z.options().dtype(accumulation_type(z));
-  const Tensor rows = with_adjacent_columns(z), energy = at::empty({n}, wide), s = teacher.scratch(n);
+  const Tensor rows = with_adjacent_columns(z), energy = at::empty({n}, wide);
   const Tensor stats = at::empty({n, kEnergyStats}, wide);
   const int64_t step = rows_per_tile(z, n, 2 * teacher.bytes_per_row());
-  const int64_t num_tiles = step == 0 ? 0 : (n + step - 1) / step;
+  const int64_t num_tiles = (n + step - 1) / step;
+  const Tensor kept = teacher.scratch(need_logits ? n : 0), scratch = teacher.scratch(need_logits ? 0 : step);
   HeadGradients gradients(teacher, {need_hidden, false, false}, num_tiles);
   const Tensor ones = need_hidden ? at::ones({step}, wide) : Tensor();
   const Tensor ds = need_hidden ? teacher.scratch(step) : Tensor();
   for_tiles(step, n, [&](int64_t begin, int64_t count) {
     const auto part = [&](const Tensor& x) { return x.narrow(0, begin, count); };
     const Options tile = options.rows(begin, count);
-    teacher.logits(begin, count, part(s));
-    energy_rows(tile, part(rows), part(s), part(energy), part(stats));
+    const Tensor s = need_logits ? part(kept) : scratch.narrow(0, 0, count);
+    teacher.logits(begin, count, s);
+    energy_rows(tile, part(rows), s, part(energy), part(stats));
     if (!need_hidden) return;
     const Tensor out = ds.narrow(0, 0, count);
-    energy_gradient_rows(tile, ones.narrow(0, 0, count), part(rows), part(s), part(stats), Tensor(), out);
+    energy_gradient_rows(tile, ones.narrow(0, 0, count), part(rows), s, part(stats), Tensor(), out);
     gradients.add(begin, out);
   });
-  return {energy, s, stats, gradients.hidden()};
+  return {energy, kept, stats, gradients.hidden()};
 }
 
 std::tuple<Tensor, Tensor> linear_soft_embedding(const Tensor& h, const Tensor& w, const Maybe& b, const Tensor& table,
@@ -215,16 +219,17 @@ std::tuple<Tensor, Tensor> linear_soft_embedding(const Tensor& h, const Tensor& 
   check_matrix(where, "table", table, v, -1, "(V, D) with V = " + std::to_string(v) + " as in w_student");
   check_dtypes(where, "h", h, "table", table);
   const Options options(where, h, n, v, noise, seed, {}, ignore, hard, identity, temperature);
-  const c10::DeviceGuard guard(h.device());
+  const Scope scope(h);
   const int64_t step = rows_per_tile(h, n, student.bytes_per_row());
+  // The softmax goes in the place of logits that nobody needs again.
+  const bool in_place = !keep_logits && h.scalar_type() == table.scalar_type();
+  const Tensor softmax = in_place ? Tensor() : softmax_scratch(options, step, v, table);
   const Tensor z = student.scratch(keep_logits ? n : step), x = at::empty({n, table.size(1)}, table.options());
   const Tensor stats = at::empty({step, kSoftStats}, h.options().dtype(accumulation_type(h)));
   for_tiles(step, n, [&](int64_t begin, int64_t count) {
     const Tensor tile = z.narrow(0, keep_logits ? begin : 0, count);
     student.logits(begin, count, tile);
-    // In the place of logits that nobody needs again.
-    const bool in_place = !keep_logits && h.scalar_type() == table.scalar_type();
-    const Tensor q = in_place ? tile : softmax_scratch(options, count, v, table);
+    const Tensor q = in_place ? tile : options.hard() ? softmax : softmax.narrow(0, 0, count);
     embed_rows(options.rows(begin, count), tile, table, x.narrow(0, begin, count), stats.narrow(0, 0, count), q);
   });
   return {x, keep_logits ? z : at::empty({0, v}, h.options())};
@@ -232,7 +237,7 @@ std::tuple<Tensor, Tensor> linear_soft_embedding(const Tensor& h, const Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_soft_embedding_backward(
     const Maybe& grad, const Maybe& grad_z, const Tensor& h, const Tensor& w, const Maybe& b, const Tensor& table,
-    const Tensor& x, const Maybe& kept_z, const Maybe& noise, const Maybe& seed, const Maybe& ignore, bool hard, bool identity,
+    const Maybe& x, const Maybe& kept_z, const Maybe& noise, const Maybe& seed, const Maybe& ignore, bool hard, bool identity,
     double temperature, c10::List<bool> needs) {
   constexpr const char* where = "linear_soft_embedding";
   const Head student{"h", "w_student", "bias_student", h, w, b};
@@ -240,22 +245,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_soft_embedding_backward(
   check_needs(where, needs, 4);
   const int64_t n = student.rows(), v = student.words();
   check_matrix(where, "table", table, v, -1, "(V, D) with V = " + std::to_string(v) + " as in w_student");
+  check_dtypes(where, "h", h, "table", table);
+  if (!grad && !grad_z) refuse(where, "grad", "absent, and grad_z too", "at least one of them");
   if (grad) {
     check_matrix(where, "grad", *grad, n, table.size(1), "(N, D), the shape of the result");
-    check_same_dtype(where, "grad", *grad, table.scalar_type());
+    check_like(where, "grad", *grad, h, table.scalar_type());
   }
-  check_matrix(where, "x", x, n, table.size(1), "(N, D), the result itself");
-  check_same_dtype(where, "x", x, table.scalar_type());
+  if (x) {
+    check_matrix(where, "x", *x, n, table.size(1), "(N, D), the result itself");
+    check_like(where, "x", *x, h, table.scalar_type());
+  }
   if (grad_z) {
     check_matrix(where, "grad_z", *grad_z, n, v, "(N, V), the shape of the logits");
-    check_same_dtype(where, "grad_z", *grad_z, h.scalar_type());
+    check_like(where, "grad_z", *grad_z, h, h.scalar_type());
   }
   if (kept_z) {
     check_matrix(where, "z", *kept_z, n, v, "the logits that the forward pass kept");
-    check_same_dtype(where, "z", *kept_z, h.scalar_type());
+    check_like(where, "z", *kept_z, h, h.scalar_type());
   }
   const Options options(where, h, n, v, noise, seed, {}, ignore, hard, identity, temperature);
-  const c10::DeviceGuard guard(h.device());
+  const Scope scope(h);
   const bool same = h.scalar_type() == table.scalar_type();
   const int64_t step = rows_per_tile(h, n, 2 * v * std::max(h.element_size(), table.element_size()));
   const int64_t num_tiles = (n + step - 1) / step;
@@ -277,8 +286,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_soft_embedding_backward(
     soft_rows(tile, tile_z, scratch(stats));
     if (dtable.defined()) embed_table_gradient(tile, du, tile_z, scratch(stats), dtable);
     if (!gradients.any()) return;
-    embed_gradient_rows(tile, du, tile_z, table, scratch(stats), x.narrow(0, begin, count), scratch(dq),
-                        of_logits, scratch(dz));
+    embed_gradient_rows(tile, du, tile_z, table, scratch(stats),
+                        x ? Maybe(x->narrow(0, begin, count)) : Maybe(), scratch(dq), of_logits, scratch(dz));
     gradients.add(begin, scratch(dz));
   });
   return {gradients.hidden(), gradients.weight(), gradients.bias(),

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor> soft_embedding(const Tensor& z, const Tensor& table, 
                                           const Maybe& ignore, bool hard, bool identity, double temperature);
 
 std::tuple<Tensor, Tensor> soft_embedding_backward(const Tensor& grad, const Tensor& z, const Tensor& table,
-                                                   const Tensor& stats, const Tensor& x, const Maybe& noise,
+                                                   const Tensor& stats, const Maybe& x, const Maybe& noise,
                                                    const Maybe& seed, const Maybe& ignore, bool hard, bool identity,
                                                    double temperature, bool need_z, bool need_table);
 
@@ -46,12 +46,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_energy
     const Tensor& w_teacher, const Maybe& b_teacher, const Maybe& noise, const Maybe& seed, const Maybe& weight,
     const Maybe& ignore, bool hard, bool identity, double temperature, c10::List<bool> needs, bool overwrite);
 
-// energy, s, statistics, and each row's gradient of its energy to h_teacher.
+// energy, s (or no rows of it), statistics, and each row's gradient of its energy to h_teacher.
 std::tuple<Tensor, Tensor, Tensor, Tensor> teacher_energy(const Tensor& z, const Tensor& h_teacher,
                                                           const Tensor& w_teacher, const Maybe& b_teacher,
                                                           const Maybe& noise, const Maybe& seed, const Maybe& weight,
                                                           const Maybe& ignore, bool hard, bool identity,
-                                                          double temperature, bool need_hidden, bool overwrite);
+                                                          double temperature, bool need_logits, bool need_hidden,
+                                                          bool overwrite);
 
 // x, and z (or no rows of it).
 std::tuple<Tensor, Tensor> linear_soft_embedding(const Tensor& h, const Tensor& w, const Maybe& b, const Tensor& table,
@@ -61,7 +62,7 @@ std::tuple<Tensor, Tensor> linear_soft_embedding(const Tensor& h, const Tensor& 
 // needs: h, w, b, table. grad of x, grad_z of the logits; at least one of them.
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_soft_embedding_backward(
     const Maybe& grad, const Maybe& grad_z, const Tensor& h, const Tensor& w, const Maybe& b, const Tensor& table,
-    const Tensor& x, const Maybe& kept_z, const Maybe& noise, const Maybe& seed, const Maybe& ignore, bool hard, bool identity,
+    const Maybe& x, const Maybe& kept_z, const Maybe& noise, const Maybe& seed, const Maybe& ignore, bool hard, bool identity,
     double temperature, c10::List<bool> needs);
 
 }  // namespace engine_fast

@@ -1,6 +1,5 @@
 #include "aten/options.h"
 
-#include <ATen/ops/empty.h>
 #include <c10/core/DeviceType.h>
 
 #include <cmath>
@@ -49,7 +48,8 @@ void check_device(const char* where, const char* name, const Tensor& x, const Te
   if (x.device() != like.device()) refuse(where, name, x.device().str(), "a tensor on " + like.device().str());
 }
 
-void check_same_dtype(const char* where, const char* name, const Tensor& x, at::ScalarType wanted) {
+void check_like(const char* where, const char* name, const Tensor& x, const Tensor& like, at::ScalarType wanted) {
+  check_device(where, name, x, like);
   if (x.scalar_type() != wanted) refuse(where, name, c10::toString(x.scalar_type()), c10::toString(wanted));
 }
 
@@ -90,8 +90,8 @@ Options::Options(const char* where, const Tensor& z, int64_t n, int64_t v, const
     noise_ = with_adjacent_columns(noise->to(wide));
   }
   if (seed) {
-    check_device(where, "seed", *seed, z);
-    if (seed->numel() != 1 || seed->scalar_type() != at::kLong) refuse_shape(where, "seed", *seed, "one int64");
+    check_like(where, "seed", *seed, z, at::kLong);
+    if (seed->numel() != 1) refuse_shape(where, "seed", *seed, "one number");
     seed_ = seed;
   }
   if (weight) {

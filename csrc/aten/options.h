@@ -2,6 +2,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <optional>
 #include <string>
@@ -24,6 +26,13 @@ at::ScalarType accumulation_type(const Tensor& x);
 Tensor with_adjacent_columns(const Tensor& x);
 
 Matrix matrix_of(const Tensor& x);
+
+// Of every operator while it runs: its device, and no autocast, which would round inside some products and not others.
+struct Scope {
+  explicit Scope(const Tensor& on) : device(on.device()), no_autocast(c10::autocast_dispatch_keyset) {}
+  c10::DeviceGuard device;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast;
+};
 
 class Options {
  public:
@@ -50,7 +59,8 @@ void check_dtypes(const char* where, const char* first_name, const Tensor& first
                   const Tensor& second);
 void check_matrix(const char* where, const char* name, const Tensor& x, int64_t rows, int64_t columns,
                   const std::string& wanted);
-void check_same_dtype(const char* where, const char* name, const Tensor& x, at::ScalarType wanted);
+// On the device of `like`, of that dtype.
+void check_like(const char* where, const char* name, const Tensor& x, const Tensor& like, at::ScalarType wanted);
 void check_device(const char* where, const char* name, const Tensor& x, const Tensor& like);
 
 }  // namespace engine_fast

@@ -29,7 +29,8 @@ void for_tiles(int64_t rows_per_tile, int64_t n, const F& per_tile) {
 // Rows whose scratch fits the budget of the device, evened out over the tiles that n rows need.
 int64_t rows_per_tile(const Tensor& like, int64_t n, int64_t bytes_per_row);
 
-// sum over tiles of a' b, (columns of a, columns of b), rounded to the dtype of a once; and of column sums.
+// sum over tiles of a' b, (columns of a, columns of b), and of column sums. In half precision each tile's product is
+// rounded, and their sum is taken in float32.
 class GradientSum {
  public:
   GradientSum(bool wanted, int64_t num_tiles) : wanted_(wanted), several_(num_tiles > 1) {}

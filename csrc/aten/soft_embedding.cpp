@@ -3,13 +3,13 @@
 
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/index_put.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/sub.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 
@@ -69,7 +69,7 @@ void embed_rows(const Options& options, const Tensor& z, const Tensor& table, co
   }
   const int64_t n = z.size(0), v = z.size(1), step = q.size(1);
   const bool at_once = step >= v || x.scalar_type() == accumulation_type(x);
-  // Parts of a half-precision product are added up in float32 and rounded once.
+  // Parts of a half-precision product are rounded each, and added up in float32.
   Tensor sum = at_once ? x : at::zeros(x.sizes(), x.options().dtype(accumulation_type(x)));
   for_chunks(step, v, [&](int64_t begin, int64_t columns) {
     const Tensor part = narrow_scratch(q, n, columns), rows = table.narrow(0, begin, columns);
@@ -83,29 +83,34 @@ void embed_rows(const Options& options, const Tensor& z, const Tensor& table, co
 }
 
 void embed_gradient_rows(const Options& options, const Tensor& grad, const Tensor& z, const Tensor& table,
-                         const Tensor& stats, const Tensor& x, const Tensor& dq, const Tensor& base, const Tensor& out) {
+                         const Tensor& stats, const Maybe& x, const Tensor& dq, const Tensor& base, const Tensor& out) {
   at::mm_out(const_cast<Tensor&>(dq), grad, table.t());
   // <c, dq> = <c, grad table'> = <x, grad> of a soft operator, where x was not rounded to fewer digits than c has.
-  const bool known = !options.hard() && x.scalar_type() == accumulation_type(z);
-  carrier_gradient_rows(options, z, stats, dq, base, out, known ? at::sum(at::mul(x, grad), 1) : Tensor());
+  const bool known = !options.hard() && x && x->scalar_type() == accumulation_type(z);
+  carrier_gradient_rows(options, z, stats, dq, base, out, known ? at::sum(at::mul(*x, grad), 1) : Tensor());
 }
 
 void embed_table_gradient(const Options& options, const Tensor& grad, const Tensor& z, const Tensor& stats,
                           const Tensor& dtable) {
+  const Tensor du = ignored_zeroed(options, grad);  // 0 * infinity would be NaN
   if (options.hard()) {
-    dtable.index_add_(0, words_of(stats), ignored_zeroed(options, grad).to(dtable.scalar_type()));
+    const Tensor rows = du.to(dtable.scalar_type());
+    if (dtable.device().is_cpu())
+      dtable.index_add_(0, words_of(stats), rows);
+    else  // index_add_ adds in any order on a GPU; this one sorts
+      at::index_put_(const_cast<Tensor&>(dtable), {words_of(stats)}, rows, /*accumulate=*/true);
     return;
   }
   const int64_t n = z.size(0), v = z.size(1);
-  const Tensor scratch = softmax_scratch(options, n, v, grad);
+  const Tensor scratch = softmax_scratch(options, n, v, du);
   for_chunks(scratch.size(1), v, [&](int64_t begin, int64_t columns) {
     const Tensor q = narrow_scratch(scratch, n, columns);
     carrier_rows(options, z, stats, begin, q);
     Tensor rows = dtable.narrow(0, begin, columns);
-    if (grad.scalar_type() == dtable.scalar_type())
-      rows.addmm_(q.t(), grad);
+    if (du.scalar_type() == dtable.scalar_type())
+      rows.addmm_(q.t(), du);
     else
-      rows.add_(at::mm(q.t(), grad));
+      rows.add_(at::mm(q.t(), du));
   });
 }
 
@@ -113,7 +118,7 @@ std::tuple<Tensor, Tensor> soft_embedding(const Tensor& z, const Tensor& table, 
                                           const Maybe& ignore, bool hard, bool identity, double temperature) {
   check(z, table);
   const Options options(kWhere, z, z.size(0), z.size(1), noise, seed, {}, ignore, hard, identity, temperature);
-  const c10::DeviceGuard guard(z.device());
+  const Scope scope(z);
   const Tensor x = at::empty({z.size(0), table.size(1)}, table.options());
   const Tensor stats = at::empty({z.size(0), kSoftStats}, z.options().dtype(accumulation_type(z)));
   embed_rows(options, with_adjacent_columns(z), table, x, stats, softmax_scratch(options, z.size(0), z.size(1), table));
@@ -121,18 +126,20 @@ std::tuple<Tensor, Tensor> soft_embedding(const Tensor& z, const Tensor& table, 
 }
 
 std::tuple<Tensor, Tensor> soft_embedding_backward(const Tensor& grad, const Tensor& z, const Tensor& table,
-                                                   const Tensor& stats, const Tensor& x, const Maybe& noise, const Maybe& seed,
+                                                   const Tensor& stats, const Maybe& x, const Maybe& noise, const Maybe& seed,
                                                    const Maybe& ignore, bool hard, bool identity, double temperature,
                                                    bool need_z, bool need_table) {
   check(z, table);
   check_matrix(kWhere, "grad", grad, z.size(0), table.size(1), "(N, D), the shape of the result");
   check_matrix(kWhere, "stats", stats, z.size(0), kSoftStats, "the second result of the forward pass");
-  check_matrix(kWhere, "x", x, z.size(0), table.size(1), "(N, D), the result itself");
-  check_same_dtype(kWhere, "grad", grad, table.scalar_type());
-  check_same_dtype(kWhere, "x", x, table.scalar_type());
-  check_same_dtype(kWhere, "stats", stats, accumulation_type(z));
+  check_like(kWhere, "grad", grad, z, table.scalar_type());
+  check_like(kWhere, "stats", stats, z, accumulation_type(z));
+  if (x) {
+    check_matrix(kWhere, "x", *x, z.size(0), table.size(1), "(N, D), the result itself");
+    check_like(kWhere, "x", *x, z, table.scalar_type());
+  }
   const Options options(kWhere, z, z.size(0), z.size(1), noise, seed, {}, ignore, hard, identity, temperature);
-  const c10::DeviceGuard guard(z.device());
+  const Scope scope(z);
   const Tensor rows = with_adjacent_columns(z), saved = stats.contiguous();
   const int64_t n = z.size(0), v = z.size(1);
   Tensor dz = at::empty({0}, z.options()), dtable = at::empty({0}, table.options());
@@ -144,7 +151,8 @@ std::tuple<Tensor, Tensor> soft_embedding_backward(const Tensor& grad, const Ten
     for_tiles(step, n, [&](int64_t begin, int64_t count) {
       const auto part = [&](const Tensor& x) { return x.narrow(0, begin, count); };
       const Tensor out = part(dz), dq = same ? out : scratch.narrow(0, 0, count);
-      embed_gradient_rows(options.rows(begin, count), part(grad), part(rows), table, part(saved), part(x), dq, Tensor(), out);
+      embed_gradient_rows(options.rows(begin, count), part(grad), part(rows), table, part(saved),
+                          x ? Maybe(part(*x)) : Maybe(), dq, Tensor(), out);
     });
   }
   if (need_table) {

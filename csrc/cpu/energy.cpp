@@ -99,8 +99,8 @@ Saved<A> saved_of(const EnergyBackward& args, int64_t row) {
 enum class Kind { kSoft, kHard, kHardIdentity };
 
 // Every element is read before anything is written in its place: dz and ds may stand where z and s do.
-template <Kind kKind, bool kDz, bool kDs, typename A, typename Z, typename S, typename DZ, typename DS>
-void backward_block(const Saved<A>& saved, const Z* z, const S* s, const A* noise, int64_t count, DZ* dz, DS* ds) {
+template <Kind kKind, bool kDz, bool kDs, typename A, typename Z, typename S>
+void backward_block(const Saved<A>& saved, const Z* z, const S* s, const A* noise, int64_t count, Z* dz, S* ds) {
   using F = Pair<A>;
   constexpr bool kCarrier = kKind == Kind::kSoft || (kDz && kKind == Kind::kHard);
   const F u_over_temperature(saved.u * saved.inv_temperature);
@@ -125,14 +125,14 @@ void backward_block(const Saved<A>& saved, const Z* z, const S* s, const A* nois
   });
 }
 
-template <Kind kKind, bool kDz, bool kDs, typename A, typename Z, typename S, typename DZ, typename DS>
+template <Kind kKind, bool kDz, bool kDs, typename A, typename Z, typename S>
 void backward_row(const EnergyBackward& args, int64_t row) {
   const Student& student = args.student;
-  DZ* dz = row_of<DZ>(args.dz, row);
-  DS* ds = row_of<DS>(args.ds, row);
+  Z* dz = row_of<Z>(args.dz, row);
+  S* ds = row_of<S>(args.ds, row);
   if (ignored(student, row)) {
-    if (kDz) std::fill_n(dz, student.v, DZ(0));
-    if (kDs) std::fill_n(ds, student.v, DS(0));
+    if (kDz) std::fill_n(dz, student.v, Z(0));
+    if (kDs) std::fill_n(ds, student.v, S(0));
     return;
   }
   const Saved<A> saved = saved_of<A>(args, row);
@@ -143,15 +143,15 @@ void backward_row(const EnergyBackward& args, int64_t row) {
     backward_block<kKind, kDz, kDs>(saved, z + begin, s + begin, noise, count, kDz ? dz + begin : nullptr,
                                     kDs ? ds + begin : nullptr);
   });
-  if (kDs && kKind != Kind::kSoft) ds[saved.argmax] = static_cast<DS>(p - saved.u);
+  if (kDs && kKind != Kind::kSoft) ds[saved.argmax] = static_cast<S>(p - saved.u);
 }
 
-template <bool kDz, bool kDs, typename Z, typename S, typename DZ, typename DS>
+template <bool kDz, bool kDs, typename Z, typename S>
 void backward(const EnergyBackward& args) {
   using A = Accumulate<Z>;
   const auto run = [&](auto kind) {
     for_rows(args.student.n, args.student.v,
-             [&](int64_t row) { backward_row<decltype(kind)::value, kDz, kDs, A, Z, S, DZ, DS>(args, row); });
+             [&](int64_t row) { backward_row<decltype(kind)::value, kDz, kDs, A, Z, S>(args, row); });
   };
   if (!args.student.relaxation.hard) return run(std::integral_constant<Kind, Kind::kSoft>{});
   if (!args.student.relaxation.identity) return run(std::integral_constant<Kind, Kind::kHard>{});
@@ -173,9 +173,9 @@ void energy_backward(const EnergyBackward& args) {
     using Z = decltype(z);
     using S = decltype(s);
     const bool dz = args.dz.data != nullptr, ds = args.ds.data != nullptr;
-    if (dz && ds) return backward<true, true, Z, S, Z, S>(args);
-    if (dz) return backward<true, false, Z, S, Z, S>(args);
-    if (ds) return backward<false, true, Z, S, Z, S>(args);
+    if (dz && ds) return backward<true, true, Z, S>(args);
+    if (dz) return backward<true, false, Z, S>(args);
+    if (ds) return backward<false, true, Z, S>(args);
   });
 }
 

@@ -52,7 +52,7 @@ struct EnergyBackward {
   const void* weight = nullptr;
   const void* grad = nullptr;   // (n,)
   const void* stats = nullptr;  // (n, kEnergyStats)
-  Matrix dz, ds;                // (n, v), dtypes of z and s or of each other; data null: not wanted
+  Matrix dz, ds;                // (n, v), dtypes of z and s; data null: not wanted
 };
 
 // The statistics of z alone.

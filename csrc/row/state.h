@@ -11,7 +11,7 @@ namespace engine_fast {
 // Of the student's logits alone.
 template <typename A>
 struct SoftState {
-  A max = minus_infinity<A>();  // NaN as soon as one logit is
+  A max = minus_infinity<A>();  // in the end NaN if one logit is
   A sum = 0;                    // sum_v c[v]
   int64_t argmax = 0;           // lowest index where x reaches max
 };
@@ -62,7 +62,7 @@ template <typename A>
 EF_HD void store(const SoftState<A>& state, A* stats) {
   stats[0] = state.max;
   stats[1] = state.sum;
-  stats[2] = static_cast<A>(state.argmax);  // exact: ops.cpp bounds V by 2^24
+  stats[2] = static_cast<A>(state.argmax);  // exact: csrc/aten/options.h bounds V by 2^24
 }
 
 // mean = <softmax((z + g) / temperature), s> - max_s

@@ -135,25 +135,25 @@ def options(
         raise ConfigError(f"{where}: V = {num_words}, expected at least one word.")
     if noise is not None and seed is not None:
         raise ConfigError(f"{where}: noise and seed are both given, expected one of them.")
-    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
+    if isinstance(temperature, bool) or not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
         raise ConfigError(f"{where}: temperature = {temperature!r}, expected a positive number.")
     if noise is not None:
         if noise.requires_grad:
             raise ConfigError(f"{where}: noise requires a gradient and gets none. Detach it.")
         if noise.dtype not in _FLOATS:
             raise ConfigError(f"{where}: noise is {noise.dtype}, expected a floating dtype.")
-        _same_device(where, "z", like, "noise", noise)
+        _same_device(where, "the logits' side", like, "noise", noise)
         if noise.shape != (num_rows, num_words):
             raise ConfigError(f"{where}: noise {tuple(noise.shape)}, expected {(num_rows, num_words)} as the logits.")
     if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.dtype != torch.int64):
         raise ConfigError(f"{where}: seed {seed.dtype} {tuple(seed.shape)}, expected one int64.")
-    if seed is not None and not isinstance(seed, Tensor):
-        if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
-            raise ConfigError(f"{where}: seed = {seed!r}, expected an integer from -2**63 to 2**63 - 1.")
+    is_key = isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63
+    if seed is not None and not isinstance(seed, Tensor) and not is_key:
+        raise ConfigError(f"{where}: seed = {seed!r}, expected an integer from -2**63 to 2**63 - 1.")
     for name, vector in (("weight", weight), ("ignore", ignore)):
         if vector is None:
             continue
-        _same_device(where, "z", like, name, vector)
+        _same_device(where, "the logits' side", like, name, vector)
         if vector.shape != (num_rows,):
             raise ConfigError(f"{where}: {name} {tuple(vector.shape)}, expected ({num_rows},), one for each row.")
     if weight is not None and weight.requires_grad:
@@ -176,13 +176,18 @@ def finite(where: str, **tensors: Tensor | None) -> None:
             )
 
 
-def kernel_dtype(where: str, name: str, tensor: Tensor) -> None:
-    """What the compiled kernels take."""
-    if tensor.dtype == torch.float16 and tensor.device.type == "cpu":
-        raise ConfigError(
-            f"{where}: {name} is float16 on a CPU, expected bfloat16, float32 or float64. "
-            "Convert it, or set ENGINE_FAST_OPS=reference."
-        )
+def kernel_dtype(where: str, **tensors: Tensor | None) -> None:
+    """What the compiled kernels take, after autocast."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in _FLOATS:
+            raise ConfigError(f"{where}: {name} is {tensor.dtype}, expected float32, float64, bfloat16 or float16.")
+        if tensor.dtype == torch.float16 and tensor.device.type == "cpu":
+            raise ConfigError(
+                f"{where}: {name} is float16 on a CPU, expected bfloat16, float32 or float64. "
+                "Convert it, or set ENGINE_FAST_OPS=reference."
+            )
 
 
 def _autocast(like: Tensor) -> bool:

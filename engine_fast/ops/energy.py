@@ -36,7 +36,8 @@ def energy(
         noise, seed: Gumbel noise itself, or its key; default: a key drawn from torch's generator. Read by SG and
             GX only.
         overwrite: the backward pass writes dz and ds over z and s; only where nobody reads the logits after it.
-            Without effect where z and s share memory or their columns are apart, with retain_graph=True, under torch.compile and on the reference path.
+            Without effect where z and s share memory or their columns are apart, with retain_graph=True, under
+            torch.compile and on the reference path.
     Returns: (N,) nats, float32 (float64).
     Gradients: dz, ds in the dtypes of z and s; not differentiable twice.
     """
@@ -44,8 +45,7 @@ def energy(
     checks.energy(z, s, noise, seed, weight, ignore, temperature)
     if not library.fused(z):
         return reference.energy(z, s, op, noise=noise, seed=seed, weight=weight, ignore=ignore, temperature=temperature)
-    checks.kernel_dtype("energy", "z", z)
-    checks.kernel_dtype("energy", "s", s)
+    checks.kernel_dtype("energy", z=z, s=s)
     options = weighted(z, op, noise, seed, weight, ignore, temperature)
     e: Tensor = _energy(z, s, *options, overwrite)[0]
     return e

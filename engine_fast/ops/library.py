@@ -57,14 +57,14 @@ def implementation(device: torch.device | str = "cpu") -> Implementation:
         warnings.warn(
             f"engine_fast.ops runs its plain torch definitions, slower and with (N, V) tensors in memory: {problem} "
             "ENGINE_FAST_OPS=reference silences this.",
-            stacklevel=3,
+            stacklevel=4,  # of implementation, fused and the facade
         )
     return "reference"
 
 
-def fused(*tensors: Tensor) -> bool:
-    """Whether the compiled operators take these."""
-    return implementation(tensors[0].device) == "fused"
+def fused(tensor: Tensor) -> bool:
+    """Whether the compiled operators run for tensors of this one's device."""
+    return implementation(tensor.device) == "fused"
 
 
 def checks_finite() -> bool:
@@ -129,7 +129,8 @@ def may_overwrite(*saved: Tensor) -> bool:
 
     Not with retain_graph=True, nor where a compiler traces, which keeps buffers as it likes.
     """
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return False
     return all(type(tensor) is Tensor or type(tensor) is torch.nn.Parameter for tensor in saved)
 
@@ -139,18 +140,20 @@ def wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+_T = TypeVar("_T", Tensor, Tensor | None)
+
+
+def autocast(*tensors: _T) -> list[_T]:
     """The tensors in autocast's dtype where it is on, as for torch's own products; float64 stays."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
     if not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    return [
-        None if tensor is None else tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors
-    ]
+    return [tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
 
 
 def _missing_for(device: str) -> str:
     if device == "cpu" or (device == "cuda" and extension.build_info()["cuda"]):
         return ""
-    return f"engine_fast._C has no kernels for {device}. Rebuild with ENGINE_FAST_CUDA=1 for GPUs."
+    hint = " Rebuild with ENGINE_FAST_CUDA=1." if device == "cuda" else ""
+    return f"engine_fast._C has no kernels for {device}.{hint}"

@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine_fast.operators import Operator, get_operator
 from engine_fast.ops import checks, library, reference
-from engine_fast.ops.energy import STATISTICS, unweighted, weighted
+from engine_fast.ops.energy import STATISTICS, energy, unweighted, weighted
 
 
 def linear_energy(
@@ -41,6 +42,7 @@ def linear_energy(
             the dtype of its hidden states; one side may be float32 beside a half.
         reduction: "none": (N,) energies; the backward pass computes the logits of each tile again. "sum": their sum,
             (), whose gradients are made in the forward pass, for only a factor is missing.
+    Returns: nats, float32 (float64 for float64).
     Gradients: to everything that requires one and to nothing else: a frozen teacher's head costs none.
     """
     op = get_operator(operator)
@@ -51,13 +53,15 @@ def linear_energy(
             h_student, w_student, h_teacher, w_teacher, op, bias_student=bias_student, bias_teacher=bias_teacher,
             noise=noise, seed=seed, weight=weight, ignore=ignore, temperature=temperature, reduction=reduction,
         )  # fmt: skip
-    _check_head("linear_energy", h_student, w_student=w_student, bias_student=bias_student)
-    _check_head("linear_energy", h_teacher, w_teacher=w_teacher, bias_teacher=bias_teacher)
+    _check_finite("linear_energy", w_student=w_student, bias_student=bias_student)
+    _check_finite("linear_energy", w_teacher=w_teacher, bias_teacher=bias_teacher)
     heads = library.autocast(h_student, w_student, bias_student, h_teacher, w_teacher, bias_teacher)
+    checks.kernel_dtype("linear_energy", h_student=heads[0], h_teacher=heads[3])
     options = weighted(h_student, op, noise, seed, weight, ignore, temperature)
-    if reduction == "none":
+    if reduction == "none" or any(head is not None and head.dtype == torch.float16 for head in heads):
+        # A gradient made before the loss scale is known would leave float16's range.
         e: Tensor = _linear_energy(*heads, *options)
-        return e
+        return e.sum() if reduction == "sum" else e
     needs = [torch.is_grad_enabled() and head is not None and head.requires_grad for head in heads]
     if not any(needs):
         total: Tensor = _linear_energy(*heads, *options).sum()
@@ -82,24 +86,32 @@ def teacher_energy(
     """energy(z, h_teacher w_teacher' + b), (N,), for logits z (N, V) that exist already.
 
     See `ops.reference.teacher_energy`. The teacher's logits are kept once, and the backward pass turns them into
-    dz where they stand; h_teacher's gradient is made in the forward pass. A head that is not frozen goes the plain way.
+    dz where they stand; h_teacher's gradient is made in the forward pass.
+
+    Args: z: (N, V), float32, float64, bfloat16 or (GPU) float16; h_teacher (N, D) and w_teacher (V, D) of one dtype,
+        that of z or a half beside float32.
+    Returns: (N,) nats, float32 (float64 for float64).
+    Gradients: to z and h_teacher. A head that is not frozen gets its own through F.linear and `energy`.
     """
     op = get_operator(operator)
     checks.head("teacher_energy", "h_teacher", h_teacher, "w_teacher", w_teacher, "bias_teacher", bias_teacher)
     checks.teacher_logits(z, h_teacher, w_teacher)
     checks.options("teacher_energy", z, z.shape[0], z.shape[1], noise, seed, weight, ignore, temperature)
-    trained = w_teacher.requires_grad or (bias_teacher is not None and bias_teacher.requires_grad)
-    if not library.fused(z) or (trained and torch.is_grad_enabled()):
+    if not library.fused(z):
         return reference.teacher_energy(
             z, h_teacher, w_teacher, op,
             bias_teacher=bias_teacher, noise=noise, seed=seed, weight=weight, ignore=ignore, temperature=temperature,
         )  # fmt: skip
-    _check_head("teacher_energy", h_teacher, w_teacher=w_teacher, bias_teacher=bias_teacher)
-    checks.kernel_dtype("teacher_energy", "z", z)
+    grad = torch.is_grad_enabled()
+    if grad and (w_teacher.requires_grad or (bias_teacher is not None and bias_teacher.requires_grad)):
+        s = F.linear(h_teacher, w_teacher, bias_teacher)
+        return energy(z, s, op, noise=noise, seed=seed, weight=weight, ignore=ignore, temperature=temperature)
+    _check_finite("teacher_energy", w_teacher=w_teacher, bias_teacher=bias_teacher)
     head = library.autocast(h_teacher, w_teacher, bias_teacher)
+    checks.kernel_dtype("teacher_energy", z=z, h_teacher=head[0])
     options = weighted(z, op, noise, seed, weight, ignore, temperature)
-    need_hidden = torch.is_grad_enabled() and h_teacher.requires_grad
-    e: Tensor = _teacher_energy(z, *head, *options, need_hidden, True)[0]
+    need_logits, need_hidden = grad and z.requires_grad, grad and h_teacher.requires_grad
+    e: Tensor = _teacher_energy(z, *head, *options, need_logits, need_hidden, True)[0]
     return e
 
 
@@ -117,7 +129,8 @@ def linear_soft_embedding(
 ) -> Tensor:
     """soft_embedding(h w_student' + b, table), (N, D), without (N, V) tensors.
 
-    See `ops.reference.linear_soft_embedding`. The backward pass computes the logits of each tile again.
+    See `ops.reference.linear_soft_embedding`. The backward pass computes the logits of each tile again. h and w_student
+    are of one dtype, table of that or a half beside float32; the result has table's (autocast's under autocast).
     Gradients: to everything that requires one; a frozen table costs none.
     """
     return _embed(h, w_student, table, operator, bias_student, noise, seed, ignore, temperature, keep=False)[0]
@@ -137,7 +150,8 @@ def linear_soft_embedding_and_logits(
 ) -> tuple[Tensor, Tensor]:
     """(linear_soft_embedding(..), z): the logits, (N, V), are computed once and kept for `teacher_energy`.
 
-    Gradients of both meet, tile by tile, in one product with the head and one with the hidden states.
+    z has the dtype of h; `ignore` zeroes rows of x and leaves z alone. Gradients of both meet, tile by tile, in one
+    product with the head and one with the hidden states.
     """
     return _embed(h, w_student, table, operator, bias_student, noise, seed, ignore, temperature, keep=True)
 
@@ -164,15 +178,15 @@ def _embed(
             h, w_student, table, op,
             bias_student=bias_student, noise=noise, seed=seed, ignore=ignore, temperature=temperature,
         )  # fmt: skip
-    _check_head(where, h, w_student=w_student, bias_student=bias_student, table=table)
+    _check_finite(where, w_student=w_student, bias_student=bias_student, table=table)
     matrices = library.autocast(h, w_student, bias_student, table)
+    checks.kernel_dtype(where, h=matrices[0], table=matrices[3])
     options = unweighted(h, op, noise, seed, ignore, temperature)
     x, z = _linear_soft_embedding(*matrices, *options, keep)
     return x, z
 
 
-def _check_head(where: str, hidden: Tensor, **weights: Tensor | None) -> None:
-    checks.kernel_dtype(where, "hidden states", hidden)
+def _check_finite(where: str, **weights: Tensor | None) -> None:
     if library.checks_finite():
         checks.finite(where, **weights)
 
@@ -204,10 +218,11 @@ def _(*rest: Any) -> tuple[Tensor, ...]:
 
 @library.fake("teacher_energy")
 def _(z: Tensor, h_teacher: Tensor, w_teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    need_hidden, wide = rest[-2], library.wide(z)
+    need_logits, need_hidden, _ = rest[-3:]
+    wide = library.wide(z)
     return (
         z.new_empty(z.shape[0], dtype=wide),
-        h_teacher.new_empty(z.shape),
+        h_teacher.new_empty(z.shape[0] if need_logits else 0, z.shape[1]),
         z.new_empty(z.shape[0], STATISTICS, dtype=wide),
         h_teacher.new_empty(h_teacher.shape if need_hidden else 0),
     )
@@ -258,12 +273,12 @@ def _backward_sum(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Ten
     if ctx.overwrite and library.may_overwrite(grad, *ctx.saved_tensors):
         scaled = [None if g is None else g.detach().mul_(grad) for g in gradients]
     else:
-        scaled = [None if g is None else g * grad.to(g.dtype) for g in gradients]
+        scaled = [None if g is None else g * grad for g in gradients]
     return *scaled, *(None,) * 9
 
 
 def _setup_teacher(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z, _, _, _, *options, _, ctx.overwrite = inputs
+    z, _, _, _, *options, _, _, ctx.overwrite = inputs
     _, s, stats, dh = output
     ctx.save_for_backward(z, s, stats, dh, *options[:4])
     ctx.relaxation = options[4:]
@@ -271,7 +286,7 @@ def _setup_teacher(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward_teacher(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 11
+    nothing = (None,) * 12
     if grad is None:
         return None, None, *nothing
     z, s, stats, dh, *options = ctx.saved_tensors
@@ -287,7 +302,9 @@ def _backward_teacher(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple
 
 def _setup_embed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     h, w, b, table, noise, seed, ignore, *relaxation, keep = inputs
-    ctx.save_for_backward(h, w, b, table, output[0], output[1] if keep else None, noise, seed, ignore)
+    x, z = output
+    hard = relaxation[0]
+    ctx.save_for_backward(h, w, b, table, None if hard else x, z if keep else None, noise, seed, ignore)
     ctx.relaxation = relaxation
     ctx.set_materialize_grads(False)
 

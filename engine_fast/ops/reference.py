@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine_fast.operators import Operator, get_operator, gumbel_noise
-from engine_fast.ops import checks
+from engine_fast.ops import checks, library
 
 Seed = int | Tensor | None
 
@@ -102,7 +102,7 @@ def soft_embedding(
     """
     op = get_operator(operator)
     checks.soft_embedding(z, table, noise, seed, ignore, temperature)
-    z = _accumulate(z)
+    z, table = _accumulate(z), library.autocast(table)[0]
     if ignore is not None:
         z = z.masked_fill(ignore[:, None], 0.0)
     perturbed, carrier = _carrier(z, op, noise, seed, temperature)

@@ -28,7 +28,11 @@ def soft_embedding(
     """x[n] = O(z[n]) @ table, (N, D), dtype of table.
 
     See `ops.reference.soft_embedding`. The softmax exists for about a million elements at a time, hard operators look
-    rows up; the backward pass needs no (N, V) tensor but dz itself. float32 sums over V; dz in the dtype of z.
+    rows up; the backward pass needs no (N, V) tensor but dz itself. float32 sums over V.
+
+    Args: z: (N, V) logits, any strides; table: (V, D); float32, bfloat16, float16 (GPU), float64; one may be float32
+        beside a half. Under autocast the table is rounded and z is not.
+    Gradients: dz in the dtype of z along the operator's Jacobian; to table only if it requires one.
     """
     op = get_operator(operator)
     checks.soft_embedding(z, table, noise, seed, ignore, temperature)
@@ -36,9 +40,10 @@ def soft_embedding(
         return reference.soft_embedding(z, table, op, noise=noise, seed=seed, ignore=ignore, temperature=temperature)
     if library.checks_finite():
         checks.finite("soft_embedding", table=table)
-    z, table = library.autocast(z, table)  # type: ignore[assignment]
-    checks.kernel_dtype("soft_embedding", "z", z)
-    checks.kernel_dtype("soft_embedding", "table", table)
+    table = library.autocast(table)[0]  # only the product is rounded: the words are those of the logits as they came
+    if z.dtype != table.dtype and torch.float32 not in (z.dtype, table.dtype):
+        z = z.float()
+    checks.kernel_dtype("soft_embedding", z=z, table=table)
     options = unweighted(z, op, noise, seed, ignore, temperature)
     x: Tensor = _soft_embedding(z, table, *options)[0]
     return x
@@ -51,14 +56,15 @@ def _(z: Tensor, table: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
 
 
 @library.fake("soft_embedding_backward")
-def _(grad: Tensor, z: Tensor, table: Tensor, stats: Tensor, x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, z: Tensor, table: Tensor, stats: Tensor, x: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     *_, need_z, need_table = options
     return z.new_empty(z.shape if need_z else 0), table.new_empty(table.shape if need_table else 0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     z, table, noise, seed, ignore, *ctx.relaxation = inputs
-    ctx.save_for_backward(z, table, output[1], output[0], noise, seed, ignore)
+    hard = ctx.relaxation[0]  # <x, grad> is of use to soft operators alone
+    ctx.save_for_backward(z, table, output[1], None if hard else output[0], noise, seed, ignore)
     ctx.set_materialize_grads(False)
 
 
@@ -68,7 +74,9 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
         return None, None, *nothing
     z, table, stats, x, *options = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
-    dz, dtable = torch.ops.engine_fast.soft_embedding_backward(grad, z, table, stats, x, *options, *ctx.relaxation, *needs)
+    dz, dtable = torch.ops.engine_fast.soft_embedding_backward(
+        grad, z, table, stats, x, *options, *ctx.relaxation, *needs
+    )
     return dz if needs[0] else None, dtable if needs[1] else None, *nothing
 
 

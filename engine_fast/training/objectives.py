@@ -6,6 +6,7 @@ Every total is a sum over target tokens (nats); the loop divides by the global n
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +99,18 @@ class EngineObjective(nn.Module):
         self._teacher = (teacher,)  # a tuple is not a submodule: never sharded, saved or trained
         self.config = config
         self.relaxation = Relaxation(config.o1, config.o2, config.temperature, config.stl_logits)
+        self._whole_log_probabilities = "STL" in (config.o1, config.o2) and config.stl_logits == "log_probabilities"
+        self._warn_of_whole_logits()
+
+    def _warn_of_whole_logits(self) -> None:
+        config = self.config
+        reason = "cross_entropy_weight" if config.cross_entropy_weight else "stl_logits"
+        if config.head_memory == "recompute" and (config.cross_entropy_weight or self._whole_log_probabilities):
+            warnings.warn(
+                f"engine.head_memory = 'recompute' has no effect: engine.{reason} = {getattr(config, reason)!r} needs "
+                "the student's logits whole.",
+                stacklevel=3,
+            )
 
     @property
     def teacher(self) -> Transformer:
@@ -148,8 +161,7 @@ class EngineObjective(nn.Module):
 
     def _logits(self, hidden_MD: Tensor) -> GivenLogits | KeptLogits | RecomputedLogits:
         """In the form that the configuration asks for; log-probabilities and the alpha term need them whole."""
-        stl = "STL" in (self.config.o1, self.config.o2) and self.config.stl_logits == "log_probabilities"
-        if stl:
+        if self._whole_log_probabilities:
             return GivenLogits(self.trained.project(hidden_MD))
         if self.config.head_memory == "keep" or self.config.cross_entropy_weight:
             return KeptLogits(self.trained, hidden_MD)

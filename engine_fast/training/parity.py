@@ -8,6 +8,7 @@ path in float64.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,8 +43,8 @@ class Parity:
 
     @property
     def agrees(self) -> bool:
-        """The fused path errs at most FACTOR times as much as the plain one, plus FLOOR."""
-        return self.fused_error <= FACTOR * self.plain_error + FLOOR
+        """The fused path errs at most FACTOR times as much as the plain one, plus FLOOR; both are finite."""
+        return math.isfinite(self.plain_error) and self.fused_error <= FACTOR * self.plain_error + FLOOR
 
     def __str__(self) -> str:
         return (
@@ -79,8 +80,8 @@ def check_parity(
         for step in range(STEPS):
             exact_student.load_state_dict(student.state_dict())
             truth = _step(exact, batch, step, "reference")
-            fused_error = max(fused_error, _distance(_step(objective, batch, step, "fused"), truth))
-            plain_error = max(plain_error, _distance(_step(objective, batch, step, "reference"), truth))
+            fused_error = _worst(fused_error, _distance(_step(objective, batch, step, "fused"), truth))
+            plain_error = _worst(plain_error, _distance(_step(objective, batch, step, "reference"), truth))
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
     return Parity(o1, o2, head_memory, plain_error, fused_error)
@@ -111,7 +112,12 @@ def _step(
 
 
 def _distance(got: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> float:
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(got, truth, strict=True))
+    return _worst(*(float((a - b).norm() / b.norm()) for a, b in zip(got, truth, strict=True)))
+
+
+def _worst(*errors: float) -> float:
+    """The largest, infinite as soon as one is no number: max() would lose a NaN."""
+    return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
 
 def _batch(device: str) -> Batch:

@@ -103,6 +103,10 @@ def train_engine(
             precision != "fp16" or world.device.type == "cuda",
             "engine.teacher_precision", precision, "bf16 or fp32 on a CPU",
         )  # fmt: skip
+        require(
+            {precision, config.engine.precision} != {"bf16", "fp16"},
+            "engine.teacher_precision", precision, f"{config.engine.precision}, the student's, or fp32",
+        )  # fmt: skip
         teacher = cast(Transformer, _load(teacher_dir, "transformer", prepared).model).to(world.device)
         freeze(teacher, dtype=_DTYPES[precision], dropout=config.engine.teacher_dropout)
         teacher.activation_checkpointing = config.engine.teacher_checkpointing

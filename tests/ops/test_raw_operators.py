@@ -59,9 +59,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "few needs": (call("linear_energy_gradients", U, *HEADS, *WEIGHTED, [True]), "needs = 1 flags, expected 6"),
     "few needs of a sum": (call("linear_energy_sum", *HEADS, *WEIGHTED, [True] * 7, False), "needs = 7 flags"),
     "few needs of an embedding": (
-        call("linear_soft_embedding_backward", X, None, H, W, None, TABLE, X, None, *OPTIONS, [True]), "needs = 1 flags",
+        call("linear_soft_embedding_backward", X, None, H, W, None, TABLE, X, None, *OPTIONS, [True]),
+        "needs = 1 flags",
     ),
-    "logits of the teacher's energy": (call("teacher_energy", Z[:2], *HEADS[3:], *WEIGHTED, True, False), "z = "),
+    "logits of the teacher's energy": (call("teacher_energy", Z[:2], *HEADS[3:], *WEIGHTED, True, True, False), "z = "),
     "gradient of the logits": (
         call("linear_soft_embedding_backward", X, Z[:2], H, W, None, TABLE, X, None, *OPTIONS, [True] * 4), "grad_z = ",
     ),

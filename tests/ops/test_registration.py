@@ -52,10 +52,11 @@ def arguments(device: str, operator: str, *, noise: bool, grad: bool) -> dict[st
         "linear_energy": (*heads, *weighted),
         "linear_energy_gradients": (u, *still(*heads), *weighted, [True, False, True, True, True, False]),
         "linear_energy_sum": (*heads, *weighted, needs, False),
-        "teacher_energy": (z, h_teacher, *frozen, *weighted, grad, False),
+        "teacher_energy": (z, h_teacher, *frozen, *weighted, True, grad, False),
         "linear_soft_embedding": (h, w, b, table, *plain, True),
         "linear_soft_embedding_backward": (
-            v, torch.randn(N, V, device=device), *still(h, w, b, table), x, z.detach(), *plain, [True, True, False, True],
+            v, torch.randn(N, V, device=device), *still(h, w, b, table), x, z.detach(), *plain,
+            [True, True, False, True],
         ),
     }  # fmt: skip
 

@@ -151,3 +151,12 @@ def test_engine_lowers_its_energy(teacher, student, dtype):
         optimizer.step()
         energies.append(loss.stats["energy"].item())
     assert energies[-1] < 0.8 * energies[0]
+
+
+@pytest.mark.parametrize("settings", [{"cross_entropy_weight": 0.5}, {"o2": "STL", "stl_logits": "log_probabilities"}])
+def test_recompute_warns_where_the_logits_are_needed_whole(student, teacher, settings):
+    config = EngineConfig.model_validate({"head_memory": "recompute", **settings})
+    with pytest.warns(UserWarning, match="head_memory = 'recompute' has no effect"):
+        objective = EngineObjective(student, teacher, config)
+    kept = EngineObjective(student, teacher, config.model_copy(update={"head_memory": "keep"}))
+    torch.testing.assert_close(objective(BATCH).total, kept(BATCH).total)

@@ -46,6 +46,22 @@ def test_a_slightly_wrong_operator_is_found(monkeypatch, head_memory, operator):
     assert not parity.agrees, parity
 
 
+@pytest.mark.parametrize("side", ["value", "gradient"])
+def test_nan_is_found(monkeypatch, side):
+    right = linear._teacher_energy
+
+    def poisoned(*arguments):
+        first, *rest = right(*arguments)
+        if side == "value":
+            return first * torch.nan, *rest
+        first.register_hook(lambda gradient: gradient * torch.nan)
+        return first, *rest
+
+    monkeypatch.setattr(linear, "_teacher_energy", poisoned)
+    parity = check_parity()
+    assert not parity.agrees, parity
+
+
 def test_the_reference_uses_no_compiled_operator(monkeypatch):
     """Otherwise the gate would compare a thing with itself."""
 
