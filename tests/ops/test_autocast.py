@@ -28,7 +28,7 @@ def test_o1_chooses_the_words_of_the_logits_as_they_came(operator: str, device: 
     torch.testing.assert_close(got.float(), wanted.float(), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("shape", [(5, 19), (700, 65536)], ids=["one tile", "several"])
+@pytest.mark.parametrize("shape", [(5, 19), (300, 65536)], ids=["one tile", "several"])
 @pytest.mark.parametrize("name", ["linear_energy", "linear_soft_embedding"])
 def test_a_backward_pass_inside_autocast_computes_what_the_forward_pass_began(
     name: str, shape: tuple[int, int], device: str

@@ -36,7 +36,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "noise shape": (call("energy", Z, S, Z[:, :3], *WEIGHTED[1:], False), r"noise = \(3, 3\)"),
     "noise beside seed": (call("energy", Z, S, Z, torch.tensor(1), *WEIGHTED[2:], False), "seed = given beside noise"),
-    "seed dtype": (call("energy", Z, S, None, torch.tensor(1.0), *WEIGHTED[2:], False), "expected one int64"),
+    "seed dtype": (call("energy", Z, S, None, torch.tensor(1.0), *WEIGHTED[2:], False), "seed = Float, expected Long"),
     "weight shape": (call("energy", Z, S, None, None, U[:2], *WEIGHTED[3:], False), r"weight = \(2,\)"),
     "ignore shape": (call("energy", Z, S, None, None, None, U[:2] > 0, *WEIGHTED[4:], False), r"ignore = \(2,\)"),
     "ignore dtype": (call("energy", Z, S, None, None, None, U, *WEIGHTED[4:], False), "ignore = Float, expected bool"),
@@ -87,7 +87,8 @@ UNSAFE = {
         "o.energy_backward(U, Z, S, 1e4 * STATS, None, None, None, None, True, False, 1.0, True, True)"
     ),
     "soft statistics of another dtype": (
-        "o.soft_embedding_backward(X.double(), Z.double(), TABLE.double(), SOFT_STATS, X.double(), *OPTIONS, True, True)"
+        "o.soft_embedding_backward(X.double(), Z.double(), TABLE.double(), SOFT_STATS, X.double(), *OPTIONS, True,"
+        " True)"
     ),
     "a gradient of the logits of another dtype": (
         "o.linear_soft_embedding_backward(X.double(), Z, H.double(), W.double(), None, TABLE.double(), X.double(), None, *OPTIONS,"
