@@ -91,11 +91,13 @@ UNSAFE = {
         " True)"
     ),
     "a gradient of the logits of another dtype": (
-        "o.linear_soft_embedding_backward(X.double(), Z, H.double(), W.double(), None, TABLE.double(), X.double(), None, *OPTIONS,"
+        "o.linear_soft_embedding_backward(X.double(), Z, H.double(), W.double(), None, TABLE.double(), X.double(),"
+        " None, *OPTIONS,"
         " [True] * 4)"
     ),
     "logits kept in another dtype": (
-        "o.linear_soft_embedding_backward(X.double(), None, H.double(), W.double(), None, TABLE.double(), X.double(), Z, *OPTIONS,"
+        "o.linear_soft_embedding_backward(X.double(), None, H.double(), W.double(), None, TABLE.double(), X.double(),"
+        " Z, *OPTIONS,"
         " [True] * 4)"
     ),
     "targets that overlap": "o.energy_backward_(U, Z, S, STATS, *WEIGHTED, Z[:1].expand(3, 7), None)",
