@@ -23,9 +23,11 @@ constexpr const char* kWhere = "soft_embedding";
 // Of the softmax that exist at a time. A tile has all rows and some of the words, so that the table is packed once.
 constexpr int64_t kScratchElements = int64_t{1} << 20;
 constexpr int64_t kMinColumns = 512;
+constexpr int64_t kMaxRoundedParts = 8;  // of a half-precision product: each adds a rounding
 
-int64_t scratch_columns(int64_t n, int64_t v) {
-  return std::min(v, std::max(kMinColumns, kScratchElements / std::max<int64_t>(1, n)));
+int64_t scratch_columns(int64_t n, int64_t v, bool rounds) {
+  const int64_t least = rounds ? std::max(kMinColumns, (v + kMaxRoundedParts - 1) / kMaxRoundedParts) : kMinColumns;
+  return std::min(v, std::max(least, kScratchElements / std::max<int64_t>(1, n)));
 }
 
 // per_chunk(first column, columns)
@@ -54,7 +56,8 @@ void check(const Tensor& z, const Tensor& table) {
 }  // namespace
 
 Tensor softmax_scratch(const Options& options, int64_t n, int64_t v, const Tensor& table) {
-  return at::empty({options.hard() ? 0 : n, scratch_columns(n, v)}, table.options());
+  const bool rounds = table.scalar_type() != accumulation_type(table);
+  return at::empty({options.hard() ? 0 : n, scratch_columns(n, v, rounds)}, table.options());
 }
 
 void embed_rows(const Options& options, const Tensor& z, const Tensor& table, const Tensor& x, const Tensor& stats,
