@@ -78,7 +78,7 @@ TORCH_LIBRARY(engine_fast, m) {
   m.def("energy_backward_(Tensor grad, Tensor z, Tensor s, Tensor stats, " EF_WEIGHTED
         ", Tensor(a!)? dz, Tensor(b!)? ds) -> ()");
   m.def("soft_embedding(Tensor z, Tensor table, " EF_OPTIONS ") -> (Tensor x, Tensor stats)");
-  m.def("soft_embedding_backward(Tensor grad, Tensor z, Tensor table, Tensor stats, Tensor? x, " EF_OPTIONS
+  m.def("soft_embedding_backward(Tensor grad, Tensor z, Tensor table, Tensor stats, " EF_OPTIONS
         ", bool need_z, bool need_table) -> (Tensor dz, Tensor dtable)");
   m.def("linear_energy(" EF_HEADS ", " EF_WEIGHTED ") -> Tensor energy");
   m.def("linear_energy_gradients(Tensor grad, " EF_HEADS ", " EF_WEIGHTED
@@ -92,7 +92,7 @@ TORCH_LIBRARY(engine_fast, m) {
   m.def("linear_soft_embedding(Tensor h, Tensor w_student, Tensor? b_student, Tensor table, " EF_OPTIONS
         ", bool keep_logits) -> (Tensor x, Tensor z)");
   m.def("linear_soft_embedding_backward(Tensor? grad, Tensor? grad_z, Tensor h, Tensor w_student, Tensor? b_student,"
-        " Tensor table, Tensor? x, Tensor? z, " EF_OPTIONS ", bool[] needs)"
+        " Tensor table, Tensor? z, " EF_OPTIONS ", bool[] needs)"
         " -> (Tensor dh, Tensor dw_student, Tensor db_student, Tensor dtable)");
 }
 

@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor> linear_soft_embedding(const Tensor& h, const Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_soft_embedding_backward(
     const Maybe& grad, const Maybe& grad_z, const Tensor& h, const Tensor& w, const Maybe& b, const Tensor& table,
-    const Maybe& x, const Maybe& kept_z, const Maybe& noise, const Maybe& seed, const Maybe& ignore, bool hard, bool identity,
+    const Maybe& kept_z, const Maybe& noise, const Maybe& seed, const Maybe& ignore, bool hard, bool identity,
     double temperature, c10::List<bool> needs) {
   constexpr const char* where = "linear_soft_embedding";
   const Head student{"h", "w_student", "bias_student", h, w, b};
@@ -250,10 +250,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_soft_embedding_backward(
   if (grad) {
     check_matrix(where, "grad", *grad, n, table.size(1), "(N, D), the shape of the result");
     check_like(where, "grad", *grad, h, table.scalar_type());
-  }
-  if (x) {
-    check_matrix(where, "x", *x, n, table.size(1), "(N, D), the result itself");
-    check_like(where, "x", *x, h, table.scalar_type());
   }
   if (grad_z) {
     check_matrix(where, "grad_z", *grad_z, n, v, "(N, V), the shape of the logits");
@@ -286,8 +282,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_soft_embedding_backward(
     soft_rows(tile, tile_z, scratch(stats));
     if (dtable.defined()) embed_table_gradient(tile, du, tile_z, scratch(stats), dtable);
     if (!gradients.any()) return;
-    embed_gradient_rows(tile, du, tile_z, table, scratch(stats),
-                        x ? Maybe(x->narrow(0, begin, count)) : Maybe(), scratch(dq), of_logits, scratch(dz));
+    embed_gradient_rows(tile, du, tile_z, table, scratch(stats), scratch(dq), of_logits, scratch(dz));
     gradients.add(begin, scratch(dz));
   });
   return {gradients.hidden(), gradients.weight(), gradients.bias(),

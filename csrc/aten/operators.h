@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor> soft_embedding(const Tensor& z, const Tensor& table, 
                                           const Maybe& ignore, bool hard, bool identity, double temperature);
 
 std::tuple<Tensor, Tensor> soft_embedding_backward(const Tensor& grad, const Tensor& z, const Tensor& table,
-                                                   const Tensor& stats, const Maybe& x, const Maybe& noise,
+                                                   const Tensor& stats, const Maybe& noise,
                                                    const Maybe& seed, const Maybe& ignore, bool hard, bool identity,
                                                    double temperature, bool need_z, bool need_table);
 
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> linear_soft_embedding(const Tensor& h, const Tensor& 
 // needs: h, w, b, table. grad of x, grad_z of the logits; at least one of them.
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_soft_embedding_backward(
     const Maybe& grad, const Maybe& grad_z, const Tensor& h, const Tensor& w, const Maybe& b, const Tensor& table,
-    const Maybe& x, const Maybe& kept_z, const Maybe& noise, const Maybe& seed, const Maybe& ignore, bool hard, bool identity,
+    const Maybe& kept_z, const Maybe& noise, const Maybe& seed, const Maybe& ignore, bool hard, bool identity,
     double temperature, c10::List<bool> needs);
 
 }  // namespace engine_fast

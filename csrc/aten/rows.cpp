@@ -46,10 +46,9 @@ void carrier_rows(const Options& options, const Tensor& z, const Tensor& stats, 
 }
 
 void carrier_gradient_rows(const Options& options, const Tensor& z, const Tensor& stats, const Tensor& dq,
-                           const Tensor& base, const Tensor& out, const Tensor& mean) {
+                           const Tensor& base, const Tensor& out) {
   backend(z).carrier_backward(
-      {options.student(z), stats.const_data_ptr(), matrix_of(dq), maybe_matrix(base), matrix_of(out),
-       mean.defined() ? mean.const_data_ptr() : nullptr});
+      {options.student(z), stats.const_data_ptr(), matrix_of(dq), maybe_matrix(base), matrix_of(out)});
 }
 
 int64_t rows_per_tile(const Tensor& like, int64_t n, int64_t bytes_per_row) {

@@ -16,9 +16,9 @@ void soft_rows(const Options& options, const Tensor& z, const Tensor& stats);
 void carrier_rows(const Options& options, const Tensor& z, const Tensor& stats, int64_t first_column,
                   const Tensor& out);
 
-// base: undefined = 0. mean: <c, dq> of each row; undefined = computed.
+// base: undefined = 0.
 void carrier_gradient_rows(const Options& options, const Tensor& z, const Tensor& stats, const Tensor& dq,
-                           const Tensor& base, const Tensor& out, const Tensor& mean);
+                           const Tensor& base, const Tensor& out);
 
 // per_tile(first row, rows) for n rows of `bytes_per_row` scratch.
 template <typename F>

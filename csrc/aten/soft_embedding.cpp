@@ -6,9 +6,7 @@
 #include <ATen/ops/index_put.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/mul.h>
 #include <ATen/ops/sub.h>
-#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -86,11 +84,9 @@ void embed_rows(const Options& options, const Tensor& z, const Tensor& table, co
 }
 
 void embed_gradient_rows(const Options& options, const Tensor& grad, const Tensor& z, const Tensor& table,
-                         const Tensor& stats, const Maybe& x, const Tensor& dq, const Tensor& base, const Tensor& out) {
+                         const Tensor& stats, const Tensor& dq, const Tensor& base, const Tensor& out) {
   at::mm_out(const_cast<Tensor&>(dq), grad, table.t());
-  // <c, dq> = <c, grad table'> = <x, grad> of a soft operator, where x was not rounded to fewer digits than c has.
-  const bool known = !options.hard() && x && x->scalar_type() == accumulation_type(z);
-  carrier_gradient_rows(options, z, stats, dq, base, out, known ? at::sum(at::mul(*x, grad), 1) : Tensor());
+  carrier_gradient_rows(options, z, stats, dq, base, out);
 }
 
 void embed_table_gradient(const Options& options, const Tensor& grad, const Tensor& z, const Tensor& stats,
@@ -129,7 +125,7 @@ std::tuple<Tensor, Tensor> soft_embedding(const Tensor& z, const Tensor& table, 
 }
 
 std::tuple<Tensor, Tensor> soft_embedding_backward(const Tensor& grad, const Tensor& z, const Tensor& table,
-                                                   const Tensor& stats, const Maybe& x, const Maybe& noise, const Maybe& seed,
+                                                   const Tensor& stats, const Maybe& noise, const Maybe& seed,
                                                    const Maybe& ignore, bool hard, bool identity, double temperature,
                                                    bool need_z, bool need_table) {
   check(z, table);
@@ -137,10 +133,6 @@ std::tuple<Tensor, Tensor> soft_embedding_backward(const Tensor& grad, const Ten
   check_matrix(kWhere, "stats", stats, z.size(0), kSoftStats, "the second result of the forward pass");
   check_like(kWhere, "grad", grad, z, table.scalar_type());
   check_like(kWhere, "stats", stats, z, accumulation_type(z));
-  if (x) {
-    check_matrix(kWhere, "x", *x, z.size(0), table.size(1), "(N, D), the result itself");
-    check_like(kWhere, "x", *x, z, table.scalar_type());
-  }
   const Options options(kWhere, z, z.size(0), z.size(1), noise, seed, {}, ignore, hard, identity, temperature);
   const Scope scope(z);
   const Tensor rows = with_adjacent_columns(z), saved = stats.contiguous();
@@ -154,8 +146,7 @@ std::tuple<Tensor, Tensor> soft_embedding_backward(const Tensor& grad, const Ten
     for_tiles(step, n, [&](int64_t begin, int64_t count) {
       const auto part = [&](const Tensor& x) { return x.narrow(0, begin, count); };
       const Tensor out = part(dz), dq = same ? out : scratch.narrow(0, 0, count);
-      embed_gradient_rows(options.rows(begin, count), part(grad), part(rows), table, part(saved),
-                          x ? Maybe(part(*x)) : Maybe(), dq, Tensor(), out);
+      embed_gradient_rows(options.rows(begin, count), part(grad), part(rows), table, part(saved), dq, Tensor(), out);
     });
   }
   if (need_table) {

@@ -13,10 +13,10 @@ void embed_rows(const Options& options, const Tensor& z, const Tensor& table, co
 // Scratch for it that is small beside (n, V): no rows of it for a hard operator.
 Tensor softmax_scratch(const Options& options, int64_t n, int64_t v, const Tensor& table);
 
-// out (n, V) = base + gradient of embed_rows through O to z; base undefined = 0. x: what embed_rows gave, for a soft operator. dq: scratch of the table's dtype, may
+// out (n, V) = base + gradient of embed_rows through O to z; base undefined = 0. dq: scratch of the table's dtype, may
 // be out. out may be z or dq.
 void embed_gradient_rows(const Options& options, const Tensor& grad, const Tensor& z, const Tensor& table,
-                         const Tensor& stats, const Maybe& x, const Tensor& dq, const Tensor& base, const Tensor& out);
+                         const Tensor& stats, const Tensor& dq, const Tensor& base, const Tensor& out);
 
 // dtable (V, D), accumulation type, += O(z)' @ grad
 void embed_table_gradient(const Options& options, const Tensor& grad, const Tensor& z, const Tensor& stats,

@@ -75,19 +75,16 @@ void backward_row(const CarrierBackward& args, int64_t row) {
     return;
   }
   const Soft<A> soft(student, args.stats, row);
-  const A* known = static_cast<const A*>(args.mean);
   F dot(A(0));
-  if (known == nullptr) {
-    for_blocks<A>(student, row, 0, student.v, [&](int64_t begin, int64_t count, const A* noise) {
-      for_lanes<A>(count, EF_LANES(i, lanes) {
-        fetch_ahead<A>(z + begin + i);
-        fetch_ahead<A>(dq + begin + i);
-        const F c = soft(perturbed(z + begin, noise, i, lanes, minus_infinity<A>()));
-        dot = dot + unless_zero(c, c * load<A>(dq + begin + i, lanes));
-      });
+  for_blocks<A>(student, row, 0, student.v, [&](int64_t begin, int64_t count, const A* noise) {
+    for_lanes<A>(count, EF_LANES(i, lanes) {
+      fetch_ahead<A>(z + begin + i);
+      fetch_ahead<A>(dq + begin + i);
+      const F c = soft(perturbed(z + begin, noise, i, lanes, minus_infinity<A>()));
+      dot = dot + unless_zero(c, c * load<A>(dq + begin + i, lanes));
     });
-  }
-  const F mean(known != nullptr ? known[row] : sum_lanes(dot));
+  });
+  const F mean(sum_lanes(dot));
   for_blocks<A>(student, row, 0, student.v, [&](int64_t begin, int64_t count, const A* noise) {
     for_lanes<A>(count, EF_LANES(i, lanes) {
       fetch_ahead<A>(z + begin + i);

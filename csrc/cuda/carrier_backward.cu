@@ -85,9 +85,8 @@ __global__ __launch_bounds__(Bounds<Z, kNoise>::kThreads, sizeof(Z) == 8 ? 1 : 2
 #pragma unroll
       for (int e = 0; e < place.kSize; ++e) c[e] = engine_fast::carrier(c[e], max, inv_sum, inv_temperature);
     };
-    const A* const known = static_cast<const A*>(args.mean);
     A dot = 0;
-    if (known == nullptr) for_batches([&](const auto& place) {
+    for_batches([&](const auto& place) {
       constexpr int kSize = std::remove_cvref_t<decltype(place)>::kSize;
       A c[kSize], dq[kSize];
       load_c_dq(place, c, dq);
@@ -98,7 +97,7 @@ __global__ __launch_bounds__(Bounds<Z, kNoise>::kThreads, sizeof(Z) == 8 ? 1 : 2
 #pragma unroll
       for (int e = 0; e < kSize; ++e) dot += unless_zero(c[e], c[e] * dq[e]);
     });
-    const A mean = known == nullptr ? sum_over_row(dot) : known[row];
+    const A mean = sum_over_row(dot);
     // Each thread meets the columns of its first pass again: what it kept, and what it overwrites, is its own.
     for_batches([&](const auto& place) {
       constexpr int kSize = std::remove_cvref_t<decltype(place)>::kSize;
@@ -120,7 +119,7 @@ template <typename Z, typename Q, bool kNoise>
 cudaError_t launch(const CarrierBackward& args, Shape shape, cudaStream_t stream) {
   const auto kernel = carrier_backward_kernel<Z, Q, kNoise>;
   constexpr int kUnit = Batch<8, Z, Q>::kUnit;
-  const bool reduces = !args.student.relaxation.identity && args.mean == nullptr;
+  const bool reduces = !args.student.relaxation.identity;
   int most = 0;
   cudaError_t error = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &most);
   if (error != cudaSuccess) return error;

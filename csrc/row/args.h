@@ -76,7 +76,6 @@ struct CarrierBackward {
   Matrix dq;                    // (n, v)
   Matrix base;                  // (n, v), dtype of z; data null: 0
   Matrix out;                   // (n, v), dtype of z
-  const void* mean = nullptr;   // (n,) <c, dq> where it is known; null: computed
 };
 
 }  // namespace engine_fast

@@ -302,9 +302,7 @@ def _backward_teacher(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple
 
 def _setup_embed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     h, w, b, table, noise, seed, ignore, *relaxation, keep = inputs
-    x, z = output
-    hard = relaxation[0]
-    ctx.save_for_backward(h, w, b, table, None if hard else x, z if keep else None, noise, seed, ignore)
+    ctx.save_for_backward(h, w, b, table, output[1] if keep else None, noise, seed, ignore)
     ctx.relaxation = relaxation
     ctx.set_materialize_grads(False)
 

@@ -56,15 +56,14 @@ def _(z: Tensor, table: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
 
 
 @library.fake("soft_embedding_backward")
-def _(grad: Tensor, z: Tensor, table: Tensor, stats: Tensor, x: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, z: Tensor, table: Tensor, stats: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     *_, need_z, need_table = options
     return z.new_empty(z.shape if need_z else 0), table.new_empty(table.shape if need_table else 0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     z, table, noise, seed, ignore, *ctx.relaxation = inputs
-    hard = ctx.relaxation[0]  # <x, grad> is of use to soft operators alone
-    ctx.save_for_backward(z, table, output[1], None if hard else output[0], noise, seed, ignore)
+    ctx.save_for_backward(z, table, output[1], noise, seed, ignore)
     ctx.set_materialize_grads(False)
 
 
@@ -72,11 +71,9 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     nothing = (None,) * 6
     if grad is None:
         return None, None, *nothing
-    z, table, stats, x, *options = ctx.saved_tensors
+    z, table, stats, *options = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
-    dz, dtable = torch.ops.engine_fast.soft_embedding_backward(
-        grad, z, table, stats, x, *options, *ctx.relaxation, *needs
-    )
+    dz, dtable = torch.ops.engine_fast.soft_embedding_backward(grad, z, table, stats, *options, *ctx.relaxation, *needs)
     return dz if needs[0] else None, dtable if needs[1] else None, *nothing
 
 

@@ -49,8 +49,8 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "target stride": (call("energy_backward_", U, Z, S, STATS, *WEIGHTED, torch.ones(7, 3).t(), None), "dz = "),
     "table rows": (call("soft_embedding", Z, TABLE[:5], *OPTIONS), r"table = \(5, 5\)"),
     "table rank": (call("soft_embedding", Z, TABLE[:, 0], *OPTIONS), r"table = \(7,\)"),
-    "soft stats": (call("soft_embedding_backward", X, Z, TABLE, STATS, X, *OPTIONS, True, True), r"stats = \(3, 6\)"),
-    "soft gradient": (call("soft_embedding_backward", U, Z, TABLE, SOFT_STATS, X, *OPTIONS, True, True), "grad = "),
+    "soft stats": (call("soft_embedding_backward", X, Z, TABLE, STATS, *OPTIONS, True, True), r"stats = \(3, 6\)"),
+    "soft gradient": (call("soft_embedding_backward", U, Z, TABLE, SOFT_STATS, *OPTIONS, True, True), "grad = "),
     "head width": (call("linear_energy", H, W[:, :3], None, *HEADS[3:], *WEIGHTED), r"w_student = \(7, 3\)"),
     "head bias": (call("linear_energy", H, W, U, *HEADS[3:], *WEIGHTED), "bias_student = "),
     "teacher rows": (call("linear_energy", *HEADS[:3], H[:2], W, None, *WEIGHTED), "h_teacher = "),
@@ -59,15 +59,15 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "few needs": (call("linear_energy_gradients", U, *HEADS, *WEIGHTED, [True]), "needs = 1 flags, expected 6"),
     "few needs of a sum": (call("linear_energy_sum", *HEADS, *WEIGHTED, [True] * 7, False), "needs = 7 flags"),
     "few needs of an embedding": (
-        call("linear_soft_embedding_backward", X, None, H, W, None, TABLE, X, None, *OPTIONS, [True]),
+        call("linear_soft_embedding_backward", X, None, H, W, None, TABLE, None, *OPTIONS, [True]),
         "needs = 1 flags",
     ),
     "logits of the teacher's energy": (call("teacher_energy", Z[:2], *HEADS[3:], *WEIGHTED, True, True, False), "z = "),
     "gradient of the logits": (
-        call("linear_soft_embedding_backward", X, Z[:2], H, W, None, TABLE, X, None, *OPTIONS, [True] * 4), "grad_z = ",
+        call("linear_soft_embedding_backward", X, Z[:2], H, W, None, TABLE, None, *OPTIONS, [True] * 4), "grad_z = ",
     ),
     "kept logits": (
-        call("linear_soft_embedding_backward", X, None, H, W, None, TABLE, X, Z[:2], *OPTIONS, [True] * 4),
+        call("linear_soft_embedding_backward", X, None, H, W, None, TABLE, Z[:2], *OPTIONS, [True] * 4),
         r"z = \(2, 7\)",
     ),
 }  # fmt: skip
@@ -87,16 +87,15 @@ UNSAFE = {
         "o.energy_backward(U, Z, S, 1e4 * STATS, None, None, None, None, True, False, 1.0, True, True)"
     ),
     "soft statistics of another dtype": (
-        "o.soft_embedding_backward(X.double(), Z.double(), TABLE.double(), SOFT_STATS, X.double(), *OPTIONS, True,"
-        " True)"
+        "o.soft_embedding_backward(X.double(), Z.double(), TABLE.double(), SOFT_STATS, *OPTIONS, True, True)"
     ),
     "a gradient of the logits of another dtype": (
-        "o.linear_soft_embedding_backward(X.double(), Z, H.double(), W.double(), None, TABLE.double(), X.double(),"
+        "o.linear_soft_embedding_backward(X.double(), Z, H.double(), W.double(), None, TABLE.double(),"
         " None, *OPTIONS,"
         " [True] * 4)"
     ),
     "logits kept in another dtype": (
-        "o.linear_soft_embedding_backward(X.double(), None, H.double(), W.double(), None, TABLE.double(), X.double(),"
+        "o.linear_soft_embedding_backward(X.double(), None, H.double(), W.double(), None, TABLE.double(),"
         " Z, *OPTIONS,"
         " [True] * 4)"
     ),

@@ -41,21 +41,21 @@ def arguments(device: str, operator: str, *, noise: bool, grad: bool) -> dict[st
         return [tensor.detach() for tensor in tensors]
 
     stats = raw("energy")(*still(z, s), *weighted, False)[1]
-    x, soft_stats = raw("soft_embedding")(*still(z, table), *plain)
+    soft_stats = raw("soft_embedding")(*still(z, table), *plain)[1]
     needs = [grad] * 6
     return {
         "energy": (z, s, *weighted, False),
         "energy_backward": (u, *still(z, s), stats, *weighted, True, True),
         "energy_backward_": (u, *still(z, s), stats, *weighted, torch.empty_like(z), torch.empty_like(s)),
         "soft_embedding": (z, table, *plain),
-        "soft_embedding_backward": (v, *still(z, table), soft_stats, x, *plain, True, True),
+        "soft_embedding_backward": (v, *still(z, table), soft_stats, *plain, True, True),
         "linear_energy": (*heads, *weighted),
         "linear_energy_gradients": (u, *still(*heads), *weighted, [True, False, True, True, True, False]),
         "linear_energy_sum": (*heads, *weighted, needs, False),
         "teacher_energy": (z, h_teacher, *frozen, *weighted, True, grad, False),
         "linear_soft_embedding": (h, w, b, table, *plain, True),
         "linear_soft_embedding_backward": (
-            v, torch.randn(N, V, device=device), *still(h, w, b, table), x, z.detach(), *plain,
+            v, torch.randn(N, V, device=device), *still(h, w, b, table), z.detach(), *plain,
             [True, True, False, True],
         ),
     }  # fmt: skip
