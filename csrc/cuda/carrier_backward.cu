@@ -32,6 +32,43 @@ struct Kept {
   }
 };
 
+// out = base + gradient; base is read before out, perhaps in its place, is written.
+template <typename Place, typename A, typename Z>
+__device__ __forceinline__ void put(const Z* base_row, const Place& place, const A* gradient, Z* out_row) {
+  A out[Place::kSize];
+  if (base_row != nullptr) load(base_row, place, out, A(0));
+#pragma unroll
+  for (int e = 0; e < Place::kSize; ++e) out[e] = base_row != nullptr ? out[e] + gradient[e] : gradient[e];
+  store(out, place, out_row);
+}
+
+// The identity Jacobian, in a kernel of its own: beside the other's two passes it would spill registers. No operator
+// with it has noise.
+template <typename Z, typename Q>
+__global__ __launch_bounds__(Bounds<Z, false>::kThreads) void identity_backward_kernel(const CarrierBackward args) {
+  using A = Accumulate<Z>;
+  using B = Batch<8, Z, Q>;
+  const Student& student = args.student;
+  for (int64_t row = first_row(); row < student.n; row += row_step()) {
+    const Z* const z_row = row_of<const Z>(student.z, row);
+    const Q* const dq_row = row_of<const Q>(args.dq, row);
+    const Z* const base_row = row_of<const Z>(args.base, row);
+    Z* const out_row = row_of<Z>(args.out, row);
+    const bool skip = ignored(student, row);
+    const Columns columns = columns_of<B::kUnit>(0, static_cast<int>(student.v), origin(z_row, 0), origin(dq_row, 0),
+                                                 origin(base_row, 0), origin(out_row, 0));
+    walk<B::kUnit, B::kUnits>(columns, lane_of_row(), lanes_of_row(), [&](const auto& place) {
+      constexpr int kSize = std::remove_cvref_t<decltype(place)>::kSize;
+      A x[kSize], dq[kSize];
+      if (!skip) load(z_row, place, x, A(0));
+      if (!skip) load(dq_row, place, dq, A(0));
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) dq[e] = skip ? A(0) : unless_forbidden(x[e], dq[e]);
+      put(base_row, place, dq, out_row);
+    });
+  }
+}
+
 // Its two passes want more registers than Bounds leaves with noise, or in double.
 template <typename Z, typename Q, bool kNoise>
 __global__ __launch_bounds__(Bounds<Z, kNoise>::kThreads, sizeof(Z) == 8 ? 1 : 2) void carrier_backward_kernel(
@@ -39,7 +76,6 @@ __global__ __launch_bounds__(Bounds<Z, kNoise>::kThreads, sizeof(Z) == 8 ? 1 : 2
   using A = Accumulate<Z>;
   using B = Batch<8, Z, Q>;
   const Student& student = args.student;
-  const bool identity = student.relaxation.identity;
   const A inv_temperature = static_cast<A>(student.relaxation.inv_temperature);
   for (int64_t row = first_row(); row < student.n; row += row_step()) {
     if (keep) sync_row();  // the previous row may be aligned differently, and then kept by other threads
@@ -53,25 +89,10 @@ __global__ __launch_bounds__(Bounds<Z, kNoise>::kThreads, sizeof(Z) == 8 ? 1 : 2
     const auto for_batches = [&](const auto& body) {
       walk<B::kUnit, B::kUnits>(columns, lane_of_row(), lanes_of_row(), body);
     };
-    // base + gradient(e); base is read before out, perhaps in its place, is written.
-    const auto put = [&](const auto& place, const A* gradient) {
-      constexpr int kSize = std::remove_cvref_t<decltype(place)>::kSize;
-      A out[kSize];
-      if (base_row != nullptr) load(base_row, place, out, A(0));
-#pragma unroll
-      for (int e = 0; e < kSize; ++e) out[e] = base_row != nullptr ? out[e] + gradient[e] : gradient[e];
-      store(out, place, out_row);
-    };
-    const bool skip = ignored(student, row);
-    if (skip || identity) {
+    if (ignored(student, row)) {
       for_batches([&](const auto& place) {
-        constexpr int kSize = std::remove_cvref_t<decltype(place)>::kSize;
-        A x[kSize], dq[kSize];
-        if (!skip) load(dq_row, place, dq, A(0));
-        if (!skip) student_row.load_x(place, x);
-#pragma unroll
-        for (int e = 0; e < kSize; ++e) dq[e] = skip ? A(0) : unless_forbidden(x[e], dq[e]);
-        put(place, dq);
+        const A nothing[std::remove_cvref_t<decltype(place)>::kSize] = {};
+        put(base_row, place, nothing, out_row);
       });
       continue;
     }
@@ -110,21 +131,21 @@ __global__ __launch_bounds__(Bounds<Z, kNoise>::kThreads, sizeof(Z) == 8 ? 1 : 2
       }
 #pragma unroll
       for (int e = 0; e < kSize; ++e) c[e] = embedding_gradient(c[e], dq[e], mean, inv_temperature);
-      put(place, c);
+      put(base_row, place, c, out_row);
     });
   }
 }
 
 template <typename Z, typename Q, bool kNoise>
 cudaError_t launch(const CarrierBackward& args, Shape shape, cudaStream_t stream) {
+  if (args.student.relaxation.identity) return start(identity_backward_kernel<Z, Q>, shape, 0, stream, args);
   const auto kernel = carrier_backward_kernel<Z, Q, kNoise>;
   constexpr int kUnit = Batch<8, Z, Q>::kUnit;
-  const bool reduces = !args.student.relaxation.identity;
   int most = 0;
   cudaError_t error = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &most);
   if (error != cudaSuccess) return error;
   const int64_t bytes = Kept<Accumulate<Z>, Q, kUnit>::bytes(args.student.v) * shape.block.y;
-  const bool keep = reduces && bytes + kStaticShared <= most;
+  const bool keep = bytes + kStaticShared <= most;
   if (keep) {
     // Few blocks fit beside each other then: each needs more threads to keep the memory busy.
     if (shape.block.y == 1 && shape.block.x > 32)

@@ -164,7 +164,11 @@ inline Truth truth_of(const Problem& p) {
       t.c[i * v + j] = c;
       t.dz_terms[i * v + j] = std::fabs(u) * it * c * (std::fabs(mean) + std::fabs(s[j] - max_s));
       t.embedding_terms[i * v + j] = it * c * (std::fabs(mean_dq) + std::fabs(dq[j]));
-      t.embedding[i * v + j] = p.op.identity ? dq[j] : c == 0 ? 0 : c * (dq[j] - mean_dq) * it;
+      double& embedding = t.embedding[i * v + j];
+      if (p.op.identity)
+        embedding = x[j] == -kInfinity ? 0 : dq[j];
+      else
+        embedding = c == 0 ? 0 : c * (dq[j] - mean_dq) * it;
     }
   }
   return t;
