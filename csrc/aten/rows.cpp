@@ -14,8 +14,8 @@
 namespace engine_fast {
 namespace {
 
-// A tile's scratch. CPU: large enough for the matrix products to run at full speed (512 rows of 32000 words, twice,
-// measured against 128 and 1024), and the same for every vocabulary. CUDA: not measured yet.
+// A tile's scratch. CPU: large enough for the matrix products to run at full speed (512 rows of 32000 words, twice;
+// benchmarks/NOTES.md), and the same for every vocabulary. CUDA: not measured yet.
 constexpr int64_t kTileBytesCPU = int64_t{128} << 20, kTileBytesCUDA = int64_t{64} << 20;
 constexpr int64_t kRowMultiple = 32;
 

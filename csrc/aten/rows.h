@@ -20,7 +20,7 @@ void carrier_rows(const Options& options, const Tensor& z, const Tensor& stats, 
 void carrier_gradient_rows(const Options& options, const Tensor& z, const Tensor& stats, const Tensor& dq,
                            const Tensor& base, const Tensor& out);
 
-// per_tile(first row, rows) for n rows of `bytes_per_row` scratch.
+// per_tile(first row, rows) for n rows, `rows_per_tile` at a time.
 template <typename F>
 void for_tiles(int64_t rows_per_tile, int64_t n, const F& per_tile) {
   for (int64_t begin = 0; begin < n; begin += rows_per_tile) per_tile(begin, std::min(rows_per_tile, n - begin));
