@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
+from engine_fast.distributed.presence import beat
 from engine_fast.distributed.runtime import World
 from engine_fast.errors import CheckpointError
 
@@ -240,6 +241,7 @@ def _sum(path: Path) -> int:
     checksum = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
+            beat(f"reading {path.name}")
             checksum = zlib.crc32(block, checksum)
     return checksum
 

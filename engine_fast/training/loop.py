@@ -18,6 +18,7 @@ from torch import Tensor
 from engine_fast.config import RunConfig, TrainConfig
 from engine_fast.distributed import CheckpointStore, Engine, StepResult, World
 from engine_fast.distributed.checkpoint import WEIGHTS, best_name, update_name, verify
+from engine_fast.distributed.presence import beat
 from engine_fast.errors import CheckpointError, DivergenceError
 from engine_fast.training.averaging import ExponentialAverage, mean_of
 from engine_fast.training.feeding import Feed, Feeder
@@ -117,11 +118,13 @@ class Trainer:
         lr = learning_rate(self.config.optim, progress.update, self.config.max_updates)
         feed = self._feeder.take()
         for number, (batch, weight) in enumerate(feed.batches):
+            beat(f"{self.stage}: update {progress.update + 1}, micro-batch {number + 1}")
             seed_torch(self.run_config.seed, self.stage, progress.update, number, self._world.rank)
             stats = self._engine.backward(batch, num_target_tokens=feed.num_target_tokens, weight=weight)
             self._sums.add(stats if weight else {name: value * weight for name, value in stats.items()})
         if progress.update + 1 < self.config.max_updates:
             self._feeder.prefetch()
+        beat(f"{self.stage}: update {progress.update + 1}, step")
         result = self._engine.step(lr)
         self._check(result)
         if self._average is not None and result.applied:
@@ -236,6 +239,7 @@ class Trainer:
         progress = self.progress
         if self._saved == progress.update:
             return
+        beat(f"{self.stage}: saving update {progress.update}")
         progress.sums = self._world.gather(self._sums.state())
         name = update_name(progress.update)
         self._store.save(name, self._state(), self._write_checkpoint, num_bytes=self._checkpoint_bytes())
@@ -281,6 +285,7 @@ class Trainer:
         }
 
     def _resume(self) -> None:
+        beat(f"{self.stage}: looking for a checkpoint")
         self._store.prepare()
         snapshot = self._store.newest(self._reporter.say)
         if snapshot is not None:
