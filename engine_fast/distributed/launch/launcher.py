@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,12 @@ from typing import Any
 
 from engine_fast.distributed.launch import preflight, probe, summary
 from engine_fast.distributed.launch.attempt import Attempt, Spec, attempts, read_json
-from engine_fast.distributed.launch.commands import helper, hostfile_of, remote_command, shown, start_command
+from engine_fast.distributed.launch.commands import Command, helper, hostfile_of, remote_command, shown, start_command
 from engine_fast.distributed.launch.environment import forwarded
 from engine_fast.distributed.launch.plan import LOST_SECONDS, Plan
 from engine_fast.distributed.launch.reap import reap
 from engine_fast.distributed.launch.supervise import Heart, Outcome, Say, supervise
+from engine_fast.distributed.launch.watch import Limits
 from engine_fast.errors import ConfigError
 
 MAX_BACKOFF = 300.0
@@ -65,7 +66,11 @@ class Launch:
     say: Say
     environ: Mapping[str, str]
     program: tuple[str, ...] | None = None
-    """Instead of engine-fast itself: for tests."""
+    """What a rank executes instead of engine-fast itself."""
+    start: Callable[[Spec, Attempt], Command] | None = None
+    """What starts the ranks instead of the plan's launcher."""
+    limits: Limits | None = None
+    """Default: by --hang-seconds."""
     lost_seconds: float = LOST_SECONDS
 
     def __post_init__(self) -> None:
@@ -143,14 +148,17 @@ class Launch:
         heart = Heart(attempt)
         heart.start()
         outcome = supervise(
-            attempt, spec, start_command(spec, attempt, self.environ), heart,
-            hang_seconds=plan.flags.hang_seconds, interrupts=self.signals,
+            attempt, spec, self._command(spec, attempt), heart,
+            limits=self.limits or Limits(plan.flags.hang_seconds), interrupts=self.signals,
             reap=lambda hosts: self._reap(attempt, spec, hosts, patience=0.0), say=self.say,
         )  # fmt: skip
         self.say(summary.describe(outcome, attempt, spec))
         self._history.append(summary.record(outcome, spec))
         summary.write(self.root, self._history)
         return outcome
+
+    def _command(self, spec: Spec, attempt: Attempt) -> Command:
+        return self.start(spec, attempt) if self.start is not None else start_command(spec, attempt, self.environ)
 
     def _prepared(self, restarts: int) -> tuple[Plan, str, int, Mapping[str, str]]:
         """(plan with the hosts that take part, master's address, port, versions). Raises ConfigError."""

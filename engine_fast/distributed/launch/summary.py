@@ -105,7 +105,9 @@ def _headline(outcome: Outcome, spec: Spec, took: str) -> str:
         return f"failed after {took}: {trouble.why}"
     host = spec.place(trouble.rank)[0].name
     why = trouble.why.strip().splitlines() or [trouble.kind]
-    return f"failed after {took}: rank {trouble.rank} on {host}, first ({trouble.kind}): " + "\n    ".join(why[:6])
+    return f"failed after {took}: rank {trouble.rank} on {host} was the first ({trouble.kind}): " + "\n    ".join(
+        why[:6]
+    )
 
 
 def _others(outcome: Outcome, spec: Spec, rank: int | None) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from engine_fast.distributed.launch import processes
 from engine_fast.distributed.launch.attempt import Attempt, Spec, write_json
 from engine_fast.distributed.launch.commands import Command
-from engine_fast.distributed.launch.watch import Trouble, Watch, first_failure
+from engine_fast.distributed.launch.watch import Limits, Trouble, Watch, first_failure
 
 MISTAKE = 2
 """Exit code of engine-fast when somebody has to change something."""
@@ -101,7 +101,7 @@ def supervise(
     command: Command,
     heart: Heart,
     *,
-    hang_seconds: float,
+    limits: Limits,
     interrupts: Interrupt,
     reap: Reap,
     say: Say,
@@ -109,7 +109,7 @@ def supervise(
 ) -> Outcome:
     """Run one attempt. When it returns, no process of it is left on a host that could be reached."""
     started = time.monotonic()
-    watch = Watch(attempt, spec, hang_seconds, started)
+    watch = Watch(attempt, spec, limits, started)
     log_path = attempt.directory / "runner.log"
     with log_path.open("ab") as log:
         child = subprocess.Popen(
