@@ -149,18 +149,8 @@ def test_after_a_fault_the_same_command_continues_to_the_same_weights(place, who
         assert process.returncode == 0, said[-4000:]
         assert "restart 1 of 1" in said
         assert "rank 1 on localhost was the first" in said
-    assert (
-        "continuing after update"
-        in (sorted((place / "run/launch").glob("attempt-*"))[-1] / "rank-00000.log").read_text()
-    )
-    whole = subprocess.run(
-        command("micro.yaml", "--ranks", "2", "--out", "whole"),
-        cwd=place,
-        env=environment(),
-        capture_output=True,
-        check=False,
-    )
-    assert whole.returncode == 0
+    last = max((place / "run" / "launch").glob("attempt-*"))
+    assert "continuing after update" in (last / "rank-00000.log").read_text()
     for stage in ("teacher", "cmlm", "engine"):
         ours, theirs = (json.loads((out / stage / "stage.json").read_text()) for out in (place / "run", whole))
         assert ours["outputs"] == theirs["outputs"], stage
