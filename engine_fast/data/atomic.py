@@ -75,6 +75,21 @@ def only_one(directory: Path) -> Iterator[None]:
         yield
 
 
+def is_held(directory: Path) -> bool:
+    """Whether a process is seen to hold only_one(directory): its death ends that, also of kill -9 and on another host.
+
+    False also where locks cannot be seen, as on a network file system that keeps them to each host.
+    """
+    try:
+        with (directory / _LOCK).open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn an OSError of writing into a DataError that says what to do."""
