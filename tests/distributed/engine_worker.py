@@ -51,7 +51,7 @@ def models(teacher_dtype: torch.dtype | None = None) -> tuple[CMLM, Transformer]
 
 
 def plain(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """No DeepSpeed and no fused operator: one process, torch's clipping and AdamW on float32 weights, `dtype` models."""
+    """No DeepSpeed and no fused operator: one process, AdamW on float32 weights, models in `dtype`."""
     student, teacher = models(dtype)
     masters = [parameter.detach().clone().requires_grad_() for parameter in student.parameters()]
     student = student.to(dtype)

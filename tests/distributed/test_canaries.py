@@ -1,4 +1,4 @@
-"""What DeepSpeed 0.19.8 does and the engine works around. One that fails after an upgrade: look at the workaround again.
+"""What DeepSpeed 0.19.8 does and the engine works around. If one fails after an upgrade, look at its workaround again.
 
 Each runs in a process of its own, because DeepSpeed changes torch for all of it.
 """

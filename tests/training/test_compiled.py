@@ -25,7 +25,7 @@ def losses(compiled, **settings):
         for batch in batches:
             total = objective(batch).total
             total.backward()
-            result.append(float(total))
+            result.append(float(total.detach()))
         optimizer.step()
     return result
 
