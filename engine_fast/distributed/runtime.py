@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine_fast.config import RuntimeConfig
-from engine_fast.errors import ConfigError, EngineFastError
+from engine_fast.errors import ConfigError, DistributedError, EngineFastError
 
 T = TypeVar("T")
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -66,8 +66,8 @@ class World:
         return box[0]
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Rank 0's result on every rank. If it raises, so do they all: the same EngineFastError, or one that has the
-        text of rank 0's exception."""
+        """Rank 0's result on every rank. If it raises, so do they all: the same EngineFastError, or a DistributedError
+        with the text of another exception."""
         outcome: tuple[T | None, EngineFastError | None] = (None, None)
         own: Exception | None = None
         if self.is_main:
@@ -97,7 +97,7 @@ class World:
     def together(self) -> Iterator[None]:
         """A block that every rank runs, with no collective inside: what one raises, all raise when it ends.
 
-        A rank that failed raises its own exception, the others an EngineFastError with the first failure's text.
+        A rank that failed raises its own exception, the others a DistributedError with the first failure's text.
         """
         try:
             yield
@@ -148,8 +148,8 @@ def _describe(error: Exception) -> str:
     return str(error) if isinstance(error, EngineFastError) else f"{type(error).__name__}: {error}"
 
 
-def _elsewhere(rank: int, failure: str) -> EngineFastError:
-    return EngineFastError(f"rank {rank} failed, and the others stop with it: {failure}")
+def _elsewhere(rank: int, failure: str) -> DistributedError:
+    return DistributedError(f"rank {rank} failed, and the others stop with it: {failure}")
 
 
 def _device(config: RuntimeConfig) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from engine_fast.config import RunConfig
 from engine_fast.data.corpus import ParallelCorpus
 from engine_fast.data.prepared import Prepared
 from engine_fast.data.symbols import EOS
-from engine_fast.distributed import World
+from engine_fast.distributed import World, require_agreement
 from engine_fast.evaluation.files import write_atomic
 from engine_fast.evaluation.metrics import (
     corpus_bleu,
@@ -57,10 +58,11 @@ def evaluate_systems(
     let the same call, interrupted, go on with the next system.
     Returns the parts of results.json that are measured (systems, references, lengths, signature, split) on rank 0 and
     None on the others, which return earlier: rank 0's last part takes long, wait for it without a collective.
-    Raises: what a rank raises; the others then raise EngineFastError.
+    Raises: what a rank raises, and DistributedError on the others, or on all when they do not see the same run.
     """
     with world.together():
         bench = _Bench(config, prepared, world, {"teacher": teacher_dir, "cmlm": cmlm_dir, "engine": engine_dir})
+    require_agreement(world, bench.shared, "evaluate")
     reference_energy = bench.mean_energy(bench.reference_ids)
     with world.together():
         records = Records(directory, bench.inputs)
@@ -127,13 +129,12 @@ class _Bench:
         self.num_cut = int((self._corpus.source_lengths > longest).sum())
         # a model's config.json holds the hash of its weights, which load_model has compared
         models = {role: (path / "model" / "config.json").read_text("utf-8") for role, path in directories.items()}
-        self.inputs = {
-            "settings": self._settings.model_dump(mode="json"),
-            "data": prepared.report["key"],
-            "models": models,
-            "versions": versions(),
-            "machine": machine(world.device),  # speeds of two machines must not stand in one table
-        }
+        facts = {"settings": self._settings.model_dump(mode="json"), "models": models, "versions": versions()}
+        self.shared = {name: json.dumps(fact, sort_keys=True) for name, fact in facts.items()}
+        """What all ranks must have in common."""
+        self.shared["data"] = prepared.report["key"]
+        self.inputs = {**self.shared, "machine": machine(world.device)}
+        """What decides a measurement; speeds of two machines must not stand in one table."""
 
     def decode(self, system: System) -> tuple[list[list[int]], float]:
         """Ids of every translation, in the corpus's order, and the seconds of all ranks together; on every rank."""

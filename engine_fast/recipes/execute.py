@@ -12,7 +12,7 @@ from typing import Any
 
 from engine_fast.data.atomic import is_held
 from engine_fast.distributed import World
-from engine_fast.errors import CheckpointError, EngineFastError
+from engine_fast.errors import CheckpointError, DistributedError, EngineFastError
 from engine_fast.evaluation.files import write_json
 from engine_fast.recipes.graph import (
     Plan,
@@ -105,7 +105,7 @@ def _follow(stage: Stage, directory: Path, plan: Plan, attempt: str) -> None:
     """Another rank's part: its share of the stage, then wait until rank 0 has written the record.
 
     On the file system, because a collective would time out in a long stage.
-    Raises EngineFastError: rank 0 failed, or is gone. KeyboardInterrupt: it was interrupted.
+    Raises DistributedError: rank 0 failed, or is gone. KeyboardInterrupt: it was interrupted.
     """
     # right after a collective rank 0 lives, so a lock that is not seen now will say nothing later
     watched = is_held(directory.parent)
@@ -120,10 +120,10 @@ def _follow(stage: Stage, directory: Path, plan: Plan, attempt: str) -> None:
             return
         failure = read_json(directory / _FAILURE) or {}
         if failure.get("attempt") == attempt:
-            kind = KeyboardInterrupt if failure["interrupted"] else EngineFastError
+            kind = KeyboardInterrupt if failure["interrupted"] else DistributedError
             raise kind(f"stage {stage.name} ended on rank 0: {failure['error']}")
         if gone:
-            raise EngineFastError(
+            raise DistributedError(
                 f"stage {stage.name}: rank 0 is gone without a word, as after kill -9. The same command continues."
             )
         # hundreds of ranks may ask one file server: seldom in a long stage, often in a short one

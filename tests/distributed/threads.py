@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from engine_fast.distributed import World
 
@@ -42,6 +43,9 @@ class ThreadWorld(World):
 
     def barrier(self) -> None:
         self.gather(None)
+
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        return tensor.copy_(torch.stack(self.gather(tensor)).amax(0))
 
     def broadcast(self, value: T) -> T:
         return self.gather(value)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from engine_fast.config import RunConfig
 from engine_fast.data.prepare import Prepared, prepare
 from engine_fast.distributed import World
-from engine_fast.errors import EngineFastError
+from engine_fast.errors import DistributedError
 from engine_fast.evaluation import measure
 from engine_fast.evaluation.measure import evaluate_systems
 from engine_fast.models import CMLM, Transformer, save_model
@@ -177,7 +178,7 @@ def test_an_error_of_one_rank_reaches_all(
     outcomes = trained.on(2, tmp_path)
     assert error in outcomes
     [other] = [each for each in outcomes if each is not error]
-    assert type(other) is EngineFastError
+    assert type(other) is DistributedError
     assert "failed, and the others stop with it: RuntimeError: out of memory" in str(other)
 
 
@@ -186,5 +187,17 @@ def test_a_full_disk_on_rank_0_reaches_all(trained: Trained, tmp_path: Path, mon
     monkeypatch.setattr(measure.Records, "store", failing(measure.Records.store, lambda *_: True, full))
     first, second = trained.on(2, tmp_path)
     assert first is full
-    assert type(second) is EngineFastError
+    assert type(second) is DistributedError
     assert "No space left" in str(second)
+
+
+def test_ranks_of_another_version_are_refused(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2)
+    seen = iter([{"torch": "2.13.0"}, {"torch": "2.12.0"}])
+    monkeypatch.setattr(measure, "versions", lambda: (both.wait(60), next(seen))[1])
+    outcomes = trained.on(2, tmp_path)
+    assert [type(each) for each in outcomes] == [DistributedError] * 2
+    assert "evaluate: the ranks do not agree" in str(outcomes[0])
+    assert "versions" in str(outcomes[1])
