@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -71,3 +72,21 @@ def test_a_lock_is_seen_while_its_holder_lives(tmp_path: Path) -> None:
     holder.kill()
     holder.communicate()
     assert not is_held(tmp_path)
+
+
+def test_a_file_system_without_locks_is_worked_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    abandoned = tmp_path / ".x.partial-1"
+    abandoned.mkdir()
+    (abandoned / ".lock").touch()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("engine_fast.data.atomic.fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match="has no locks .* See to it"), only_one(tmp_path):
+        assert not is_held(tmp_path)
+    with new_directory(tmp_path / "x", marker="done") as partial:
+        (partial / "done").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"x", abandoned.name, ".lock"}
