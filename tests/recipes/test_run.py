@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -209,3 +210,28 @@ def test_launched_ranks_killed_in_an_evaluation_go_on(copied: Path, tmp_path: Pa
     assert last.stdout.count("(measured before)") == 5
     _run(copied)
     assert _evaluated(two) == _evaluated(copied)
+
+
+@pytest.mark.slow
+def test_a_rank_that_no_launcher_watches_ends_after_rank_0_was_killed(tmp_path: Path) -> None:
+    """As on another host than rank 0's: nobody ends it, and the stage has no collective that could fail."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path]),
+        "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tests.recipes.micro", str(tmp_path / "run")]
+    first, second = (
+        subprocess.Popen([*command, *doomed], env={**shared, "RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank, doomed in (("0", ["prepare"]), ("1", []))
+    )
+    try:
+        first.communicate(timeout=120)
+        assert first.returncode == -signal.SIGKILL
+        _, stderr = second.communicate(timeout=120)
+    finally:
+        second.kill()
+    assert second.returncode == 1
+    assert "stage prepare: rank 0 is gone without a word" in stderr
