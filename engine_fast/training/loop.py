@@ -1,7 +1,8 @@
 """The one training loop: update, checkpoint, validate, stop; for all three stages and any number of ranks.
 
-Where a run is follows from its update number alone: batches, dropout, masks and noise are functions of (seed, stage,
-update, micro-batch, rank). A resumed run therefore repeats, bit by bit, what an uninterrupted one does.
+There is no generator to save: batches are a function of (seed, stage, epoch), and dropout, masks and noise of (seed,
+stage, update, number of the micro-batch over all ranks). A resumed run therefore repeats, bit by bit, what an
+uninterrupted one does, and one on other ranks makes the same draws.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Progress:
 
     update: int = 0
     epoch: int = 0
-    offset: int = 0
-    """Place of the next update in the epoch."""
+    consumed: int = 0
+    """Micro-batches of the epoch, over all ranks, that updates have used."""
     validated: int = -1
     """Last update that was validated."""
     best_update: int | None = None
@@ -116,8 +117,10 @@ class Trainer:
         started, progress = time.monotonic(), self.progress
         lr = learning_rate(self.config.optim, progress.update, self.config.max_updates)
         feed = self._feeder.take()
-        for number, (batch, weight) in enumerate(feed.batches):
-            seed_torch(self.run_config.seed, self.stage, progress.update, number, self._world.rank)
+        for turn, (batch, weight) in enumerate(feed.batches):
+            number = turn * self._world.size + self._world.rank
+            # The last part once was the rank; as a constant it keeps what one process draws.
+            seed_torch(self.run_config.seed, self.stage, progress.update, number, 0)
             stats = self._engine.backward(batch, num_target_tokens=feed.num_target_tokens, weight=weight)
             self._sums.add(stats if weight else {name: value * weight for name, value in stats.items()})
         if progress.update + 1 < self.config.max_updates:
@@ -127,7 +130,7 @@ class Trainer:
         if self._average is not None and result.applied:
             self._average.update(self._engine.shards())
         progress.update += 1
-        progress.epoch, progress.offset = feed.next_epoch, feed.next_offset
+        progress.epoch, progress.consumed = feed.next_epoch, feed.next_consumed
         seconds = time.monotonic() - started
         progress.seconds += seconds
         progress.window_seconds += seconds
@@ -297,7 +300,7 @@ class Trainer:
             self._sums.load(self.progress.sums[self._world.rank])
             if self._average is not None:
                 self._average.load(load_file(snapshot.directory / f"average-{self._world.rank}.safetensors"))
-            self._feeder.seek(self.progress.epoch, self.progress.offset)
+            self._feeder.seek(self.progress.epoch, self.progress.consumed)
             self._check_best()
             self._reporter.say(f"continuing after update {self.progress.update}")
         self._reporter.start_at(self.progress.update)
