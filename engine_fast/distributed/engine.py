@@ -68,7 +68,7 @@ class Engine:
         self.num_parameters = sum(parameter.numel() for parameter in trained.parameters())
         # A copy that stays whole: the live weights are sharded (stage 3) or not the ones to be judged (EMA).
         self._shadow = copy.deepcopy(trained) if self.stage == 3 or config.ema_decay else None
-        settings = deepspeed_config(config, extra)
+        settings = deepspeed_config(config, extra, device=world.device.type)
         parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         import deepspeed
 
