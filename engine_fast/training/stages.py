@@ -160,6 +160,7 @@ class _Job:
                 model.compile_stacks()
             trainer = Trainer(
                 self.stage, self.settings, self.config, directory, engine=engine, world=world, stop=stop,
+                teacher=inputs["teacher model"] if self.stage == "engine" else None,
                 feeder=Feeder(corpus, self.settings.batch, seed=derive(self.config.seed, self.stage), world=world),
                 validator=Validator(
                     valid, objective_of, max_tokens=self.settings.batch.max_tokens, bleu=self._bleu_set(limits),
