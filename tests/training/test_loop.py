@@ -16,7 +16,7 @@ from engine_fast.training import Interrupted, loop, train_cmlm, train_engine
 from engine_fast.training import checkpoints as checkpoints_module
 from engine_fast.training.averaging import mean_of
 
-from .conftest import failing_after, lines_of, make_config, weights_of
+from .conftest import failing_after, lines_of, make_config, stop_at, weights_of
 
 
 def checkpoints(directory):
@@ -25,7 +25,7 @@ def checkpoints(directory):
 
 def test_a_stage_leaves_what_the_contract_says(plain_teacher):
     assert sorted(path.name for path in plain_teacher.iterdir()) == [
-        "checkpoints", "config.yaml", "metrics.jsonl", "model", "run.json",
+        "checkpoints", "config.yaml", "metrics.jsonl", "model", "run.json", "vocabulary",
     ]  # fmt: skip
     train = lines_of(plain_teacher, "train")
     assert [line["update"] for line in train] == [3, 6, 9, 12]
@@ -69,18 +69,6 @@ def test_a_finished_stage_can_be_made_longer_but_not_another(teach, plain_teache
         teach(teacher__optim__lr=1e-2)
     teach()
     assert weights_of(directory) == weights_of(plain_teacher)
-
-
-def stop_at(monkeypatch, update):
-    """A SIGTERM that arrives during the given update."""
-    real = loop.Trainer._update
-
-    def update_and_stop(self):
-        real(self)
-        if self.progress.update == update:
-            self._stop.request(15, None)
-
-    monkeypatch.setattr(loop.Trainer, "_update", update_and_stop)
 
 
 HALF = {"teacher__precision": "bf16", "teacher__ema_decay": 0.5, "teacher__batch__accumulate": 2}
