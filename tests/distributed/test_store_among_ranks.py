@@ -2,11 +2,13 @@
 
 import errno
 import json
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
 
-from engine_fast.distributed import CheckpointStore, manifest, sealing
+from engine_fast.distributed import CheckpointStore, checkpoint, manifest, sealing
 from engine_fast.distributed.checkpoint import update_name
 from engine_fast.distributed.manifest import read_manifest, share
 from engine_fast.errors import CheckpointError
@@ -149,20 +151,94 @@ def test_a_failure_in_the_background_is_everyones_at_the_next_join(directory, mo
             raise kind
         return real(path, files)
 
-    monkeypatch.setattr(sealing, "sync_and_sum", failing)
-    stores = together(SIZE, lambda world: save(world, directory, 3, wait=False))
-    assert all(isinstance(store, CheckpointStore) for store in stores)
-    errors = together(SIZE, lambda world: save(world, directory, 4, wait=False))
-    assert [type(error) for error in errors] == [CheckpointStore] * SIZE  # other stores: nothing to wait for
-    monkeypatch.setattr(sealing, "sync_and_sum", real)
-    errors = together(SIZE, lambda world: _rejoin(stores[world.rank], world))
+    with monkeypatch.context() as patch:
+        patch.setattr(sealing, "sync_and_sum", failing)
+        errors = together(SIZE, lambda world: save(world, directory, 3))
     assert len({str(error) for error in errors}) == 1
     assert isinstance(errors[0], CheckpointError)
     assert f"update-00000003 could not be written ({kind})" in str(errors[0])
     assert "last good checkpoint is update-00000002" in str(errors[0])
+    assert names(directory) == ["latest", update_name(1), update_name(2)]
+    together(SIZE, lambda world: save(world, directory, 3))
+    assert newest(directory) == [(3, [])] * SIZE
 
 
-def _rejoin(store, world):
-    """The barrier of the first crew is gone with it."""
-    store._world = world
-    store.join()
+def test_files_that_are_not_seen_on_rank_0_are_a_directory_that_is_not_shared(directory, monkeypatch):
+    monkeypatch.setattr(sealing.Sealing, "_leave", lambda self, files: None)
+    monkeypatch.setattr(sealing, "_VISIBLE", 0.1)
+    errors = together(SIZE, lambda world: save(world, directory, 3))
+    assert all("all ranks must share the directory" in str(error) for error in errors)
+    assert newest(directory) == [(2, [])] * SIZE
+
+
+def test_a_run_that_fails_leaves_its_last_snapshot_whole_or_not_at_all(directory):
+    def fail(world):
+        save(world, directory, 3, wait=False).close()
+
+    together(SIZE, fail)
+    assert newest(directory) == [(3, [])] * SIZE
+
+
+def test_a_lost_rank_is_not_waited_for(directory, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_GRACE", 0.2)
+    monkeypatch.setattr(sealing.Sealing, "_leave", lambda self, files: None)
+
+    def fail(world):
+        save(world, directory, 3, wait=False).close()
+
+    together(SIZE, fail)
+    assert newest(directory) == [(2, [])] * SIZE
+    together(SIZE, lambda world: CheckpointStore(directory, world=world).prepare())
+    assert names(directory) == ["latest", update_name(1), update_name(2)]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_kill_at_any_moment_leaves_a_whole_snapshot(tmp_path, monkeypatch, size):
+    """The directory as it stands before each step of a save, and in the middle of each removal."""
+    directory, moments = tmp_path / "checkpoints", []
+    directory.mkdir()
+    together(size, lambda world: save(world, directory, 1))
+    lock, copytree, rmtree = threading.Lock(), shutil.copytree, shutil.rmtree
+
+    def remember():
+        with lock:
+            moments.append(tmp_path / f"moment-{len(moments)}")
+            copytree(directory, moments[-1], ignore_dangling_symlinks=True)
+
+    def before(owner, name):
+        real = getattr(owner, name)
+
+        def step(*arguments, **options):
+            if str(directory) in str(arguments[0]):
+                remember()
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, step)
+
+    def half(path, ignore_errors=False):
+        for file in list(Path(path).rglob("*.pt"))[:1]:
+            file.unlink()
+        remember()
+        rmtree(path, ignore_errors=ignore_errors)
+
+    for owner, name in ((sealing, "sync"), (manifest, "sync"), (checkpoint, "sync"), (sealing.os, "replace")):
+        before(owner, name)
+    monkeypatch.setattr(sealing.shutil, "rmtree", half)
+
+    def work(world):
+        store = save(world, directory, 2)
+        store.save(update_name(2), {"update": 2}, lambda fresh: None, num_bytes=0)  # again
+        store.join()
+        if world.is_main:
+            store.advance(update_name(2), keep_last=1, best=None)
+
+    assert together(size, work) == [None] * size
+    assert len(moments) > 15
+    found = []
+    for moment in moments:
+        together(size, lambda world, moment=moment: CheckpointStore(moment, world=world).prepare())
+        found.append(newest(moment, size)[0])
+        assert not [name for name in names(moment) if name.startswith(".")]
+    assert {update for update, _ in found} == {1, 2}
+    assert all(said == [] for _, said in found)
+    assert names(directory) == ["latest", update_name(2)]
