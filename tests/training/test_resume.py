@@ -100,6 +100,19 @@ def test_another_precision(parts, before, after):
     assert seen[0]["saved"] == seen[1]["loaded"]
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((1, True), (1, False)), ((2, True), (1, False)), ((3, False), (3, True)), ((3, True), (0, False))],
+)
+def test_with_and_without_offload(parts, before, after):
+    settings = [
+        {"teacher__zero_stage": stage, "teacher__offload": {"optimizer": offload, "parameters": offload and stage == 3}}
+        for stage, offload in (before, after)
+    ]
+    seen = [parts.alone(4, **settings[0]), parts.alone(99, **settings[1])]
+    assert seen[0]["saved"] == seen[1]["loaded"]
+
+
 def test_a_state_before_the_first_update_has_moments_too(parts):
     seen = [parts.alone(0, teacher__zero_stage=2), parts.alone(99, teacher__zero_stage=3)]
     assert seen[0]["saved"] == seen[1]["loaded"]
