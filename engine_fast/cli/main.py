@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "score": ("score", "Energy of each translation under a teacher, in nats, one per line."),
     "evaluate": ("evaluate", "Measure every system of a run again: BLEU, chrF, energy, repetition, speed."),
     "report": ("report", "Write a run's report.html from its results."),
+    "export": ("export", "Turn a checkpoint of a stage, finished or not, into a model directory."),
     "import": ("import_", "Turn a fairseq-style checkpoint into a model directory."),
     "doctor": ("doctor", "Say what is installed, compiled and usable, and what to do about the rest."),
 }

@@ -23,6 +23,7 @@ from engine_fast.distributed import Engine, World, require_agreement, shard_froz
 from engine_fast.errors import CheckpointError, VocabularyError, require
 from engine_fast.models import CMLM, Transformer, freeze, load_model, save_model
 from engine_fast.models.store import LoadedModel, copy_matching
+from engine_fast.training.export import assemble
 from engine_fast.training.feeding import Feeder, Subset, fitting
 from engine_fast.training.interrupt import catching_signals
 from engine_fast.training.loop import StageName, Trainer
@@ -172,6 +173,7 @@ class _Job:
                     trainer.say(f"{count} {what} are longer than max_positions = {limits.max_positions} and left out")
             for change in changes:
                 trainer.say(f"changed since the last start: {change}")
+            world.on_main(lambda: self._describe(place, model))
             weights = trainer.train()
             world.on_main(lambda: self._export(directory, place, trainer, type(model), limits, weights))
 
@@ -227,6 +229,17 @@ class _Job:
             "none" if self.config.data.pretokenised else "13a",
         )
 
+    def _card(self) -> dict[str, Any]:
+        """What a model directory says of its origin."""
+        card = {"stage": self.stage, "seed": self.config.seed, "settings": self.settings.model_dump(mode="json")}
+        if self.stage != "teacher":  # what `translate` takes unless told otherwise
+            card["length_beam"] = getattr(self.config.evaluate, f"{self.stage}_length_beam")
+        return card
+
+    def _describe(self, place: RunDirectory, model: Transformer | CMLM) -> None:
+        vocabularies = self.prepared.source_vocabulary, self.prepared.target_vocabulary
+        place.describe(model.kind, model.architecture, *vocabularies, card=self._card())
+
     def _export(
         self,
         directory: Path,
@@ -237,21 +250,13 @@ class _Job:
         weights: dict[str, Tensor],
     ) -> None:
         vocabularies = self.prepared.source_vocabulary, self.prepared.target_vocabulary
-        model = kind(architecture, len(vocabularies[0]), len(vocabularies[1]))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])
+        model = assemble(kind, architecture, *vocabularies, weights, origin=str(directory / "checkpoints"))
         progress = trainer.progress
-        card = {
-            "stage": self.stage,
-            "seed": self.config.seed,
+        card = self._card() | {
             "updates": progress.update,
             "best_update": progress.best_update,
             self.settings.early_stop.metric: progress.best_score,
-            "settings": self.settings.model_dump(mode="json"),
         }
-        if self.stage != "teacher":  # what `translate` takes unless told otherwise
-            card["length_beam"] = getattr(self.config.evaluate, f"{self.stage}_length_beam")
         save_model(directory / "model", model, *vocabularies, card=card)
         place.finish(updates=progress.update, best_update=progress.best_update, seconds=progress.seconds)
 
