@@ -1,0 +1,121 @@
+"""The fault matrix as data: every combination of fault, moment and victim is either tried or left out for a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+FAULTS = ("kill -9", "SIGTERM", "SIGSTOP", "exception", "exit 7", "full disk", "truncated file", "flipped bit")
+MOMENTS = ("in step", "in save", "in load")
+VICTIMS = ("rank 0", "rank 1", "launcher", "child")
+
+SIGNALS = {"kill -9": "SIGKILL", "SIGTERM": "SIGTERM", "SIGSTOP": "SIGSTOP"}
+DAMAGES = ("truncated file", "flipped bit")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Combinations that make no sense, and why."""
+
+    reason: str
+    faults: tuple[str, ...]
+    moments: tuple[str, ...] = MOMENTS
+    victims: tuple[str, ...] = VICTIMS
+
+    def applies(self, case: Case) -> bool:
+        return case.fault in self.faults and case.moment in self.moments and case.victim in self.victims
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One cell of the matrix."""
+
+    fault: str
+    moment: str
+    victim: str
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        kind = f"{self.fault} ({self.variant})" if self.variant else self.fault
+        return f"{kind} {self.moment}, {self.victim}"
+
+    @property
+    def rank(self) -> int:
+        """The rank that comes to the moment: the victim, or rank 0 where the victim is no rank."""
+        return int(self.victim.removeprefix("rank ")) if self.victim.startswith("rank") else 0
+
+
+LEFT_OUT = (
+    Rule(
+        "it executes no step, save or load of ours; all it can do there is to die, and kill -9 tries that",
+        ("exception", "exit 7"),
+        victims=("launcher", "child"),
+    ),
+    Rule(
+        "the disk is one for all: tried once, as rank 0's, and full for every process meanwhile",
+        ("full disk",),
+        victims=("rank 1", "launcher", "child"),
+    ),
+    Rule("it owns no part of a checkpoint", DAMAGES, victims=("launcher", "child")),
+    Rule(
+        "a snapshot torn while it is written is what kill -9 and full disk leave; checksums are taken when it is sealed, "
+        "and nothing can tell an earlier flip from data",
+        DAMAGES,
+        moments=("in save",),
+    ),
+)
+
+VARIANTS = {("exception", "in step"): ("raised", "not finite")}
+"""Where one cell stands for two faults."""
+
+
+@dataclass(slots=True)
+class Result:
+    """What became of a case."""
+
+    case: str
+    problems: list[str] = field(default_factory=list)
+    """Empty: survived."""
+    code: int | None = None
+    """Exit code of the start that was struck."""
+    message: str = ""
+    """The line by which the cause was told."""
+    seconds: float = 0.0
+
+
+def left_out(case: Case) -> str:
+    """Why the case is not tried; empty if it is."""
+    return next((rule.reason for rule in LEFT_OUT if rule.applies(case)), "")
+
+
+def every_combination() -> Iterator[Case]:
+    for fault in FAULTS:
+        for moment in MOMENTS:
+            for victim in VICTIMS:
+                for variant in VARIANTS.get((fault, moment), ("",)):
+                    yield Case(fault, moment, victim, variant)
+
+
+def tried() -> list[Case]:
+    return [case for case in every_combination() if not left_out(case)]
+
+
+def causes(case: Case, host: str) -> list[str]:
+    """Regular expressions, all of which what was said must match: who, where, what."""
+    if case.fault in DAMAGES:
+        return [r"checkpoint \S+update-\d+ is damaged", r"falling back to checkpoint|no checkpoint is whole"]
+    if case.fault == "full disk":
+        return [r"No space left|stay free|[Ff]ree some space"]
+    if case.victim == "launcher":
+        return [r"launcher"] if case.fault != "SIGTERM" else [r"SIGTERM"]
+    if case.victim == "child":
+        return [r"torchrun|runner|child"] + ([SIGNALS[case.fault]] if case.fault != "SIGSTOP" else [])
+    what = {
+        "kill -9": r"SIGKILL",
+        "SIGTERM": r"SIGTERM",
+        "SIGSTOP": r"(no|without) (sign of life|heartbeat|beat)|hung|stopped|silent",
+        "exit 7": r"(code|exit|status) 7",
+        "exception": r"not finite" if case.variant == "not finite" else r"InjectedError: injected by the test",
+    }[case.fault]
+    return [case.victim, host, what]
