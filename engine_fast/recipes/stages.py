@@ -23,8 +23,11 @@ from engine_fast.recipes.execute import Say
 from engine_fast.recipes.graph import Stage, hash_file, read_record
 from engine_fast.training import train_cmlm, train_engine, train_teacher
 
-_WITHOUT_EFFECT = {"log_every"}
-"""Training settings that change no result."""
+_WITHOUT_EFFECT = {
+    "log_every", "zero_stage", "offload", "overlap_communication", "compile", "activation_checkpointing",
+    "head_memory", "teacher_placement", "teacher_compile", "teacher_checkpointing",
+}  # fmt: skip
+"""Training settings that change no result but for rounding: a stage goes on, or stands, when they change."""
 
 
 def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> list[Stage]:

@@ -1,11 +1,13 @@
 """The one training loop: update, checkpoint, validate, stop; for all three stages and any number of ranks.
 
-Where a run is follows from its update number alone: batches, dropout, masks and noise are functions of (seed, stage,
-update, micro-batch, rank). A resumed run therefore repeats, bit by bit, what an uninterrupted one does.
+There is no generator to save: batches are a function of (seed, stage, epoch), and dropout, masks and noise of (seed,
+stage, update, number of the micro-batch over all ranks). A resumed run therefore repeats, bit by bit, what an
+uninterrupted one does, and one on other ranks makes the same draws.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import asdict, dataclass, field
@@ -16,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine_fast.config import RunConfig, TrainConfig
-from engine_fast.distributed import CheckpointStore, Engine, StepResult, World
-from engine_fast.distributed.checkpoint import WEIGHTS, best_name, update_name, verify
+from engine_fast.distributed import CheckpointStore, Engine, Snapshot, StepResult, World
+from engine_fast.distributed.checkpoint import WEIGHTS, best_name, update_name
+from engine_fast.distributed.manifest import verify
 from engine_fast.errors import CheckpointError, DivergenceError
 from engine_fast.training.averaging import ExponentialAverage, mean_of
 from engine_fast.training.feeding import Feed, Feeder
 from engine_fast.training.interrupt import Interrupted, Stop
-from engine_fast.training.metrics import MetricsLog, Sums
+from engine_fast.training.metrics import MetricsLog, Sums, shared_out
 from engine_fast.training.progress import Reporter
 from engine_fast.training.schedule import learning_rate
 from engine_fast.training.seeding import seed_torch
@@ -39,8 +42,8 @@ class Progress:
 
     update: int = 0
     epoch: int = 0
-    offset: int = 0
-    """Place of the next update in the epoch."""
+    consumed: int = 0
+    """Micro-batches of the epoch, over all ranks, that updates have used."""
     validated: int = -1
     """Last update that was validated."""
     best_update: int | None = None
@@ -72,12 +75,15 @@ class Trainer:
         validator: Validator,
         world: World,
         stop: Stop,
+        teacher: str | None = None,
     ) -> None:
+        """`teacher`: hash of the frozen teacher, which no checkpoint holds: each names it, and asks for it again."""
         self.stage, self.config, self.run_config, self.directory = stage, config, run, directory
         self._engine, self._feeder, self._validator, self._world, self._stop = engine, feeder, validator, world, stop
         self._store = CheckpointStore(directory / "checkpoints", world=world, min_free_bytes=run.runtime.min_free_bytes)
         self._average = ExponentialAverage(engine.shards(), config.ema_decay) if config.ema_decay else None
         self._sums = Sums(world.device)
+        self._origin = {} if teacher is None else {"teacher": teacher}
         self.progress = Progress()
         self._saved = -1
         self._reporter = Reporter(stage, total=config.max_updates, silent=not world.is_main)
@@ -100,8 +106,10 @@ class Trainer:
                 self._update()
                 if self.progress.update % self.config.checkpoint_every == 0 or self._out_of_data():
                     self._save()
+            self._store.join()
             return self._result()
         finally:
+            self._store.close()
             self._reporter.close()
             if self._log is not None:
                 self._log.close()
@@ -116,8 +124,10 @@ class Trainer:
         started, progress = time.monotonic(), self.progress
         lr = learning_rate(self.config.optim, progress.update, self.config.max_updates)
         feed = self._feeder.take()
-        for number, (batch, weight) in enumerate(feed.batches):
-            seed_torch(self.run_config.seed, self.stage, progress.update, number, self._world.rank)
+        for turn, (batch, weight) in enumerate(feed.batches):
+            number = turn * self._world.size + self._world.rank
+            # The last part once was the rank; as a constant it keeps what one process draws.
+            seed_torch(self.run_config.seed, self.stage, progress.update, number, 0)
             stats = self._engine.backward(batch, num_target_tokens=feed.num_target_tokens, weight=weight)
             self._sums.add(stats if weight else {name: value * weight for name, value in stats.items()})
         if progress.update + 1 < self.config.max_updates:
@@ -127,7 +137,7 @@ class Trainer:
         if self._average is not None and result.applied:
             self._average.update(self._engine.shards())
         progress.update += 1
-        progress.epoch, progress.offset = feed.next_epoch, feed.next_offset
+        progress.epoch, progress.consumed = feed.next_epoch, feed.next_consumed
         seconds = time.monotonic() - started
         progress.seconds += seconds
         progress.window_seconds += seconds
@@ -146,6 +156,8 @@ class Trainer:
         self._diverged(f"the gradient is not finite (norm {result.grad_norm}) at update {self.progress.update + 1}")
 
     def _diverged(self, what: str) -> None:
+        with contextlib.suppress(CheckpointError):  # the smaller misfortune
+            self._store.join()
         kept = self._store.updates()
         good = f"The last good checkpoint is {kept[-1]}" if kept else "There is no checkpoint yet"
         optim = f"{self.stage}.optim"
@@ -233,46 +245,44 @@ class Trainer:
     # ------------------------------------------------------------ checkpoints
 
     def _save(self) -> None:
-        progress = self.progress
+        """Write a checkpoint; it is sealed in the background, and the next one waits for it."""
+        progress, keep_last = self.progress, self.config.keep_last
         if self._saved == progress.update:
             return
         progress.sums = self._world.gather(self._sums.state())
-        name = update_name(progress.update)
-        self._store.save(name, self._state(), self._write_checkpoint, num_bytes=self._checkpoint_bytes())
-        self._store.set_latest(name)
-        self._store.prune(progress.update, keep_last=self.config.keep_last, best=progress.best_update)
+        name, best, weights = update_name(progress.update), progress.best_update, self._exported_weights()
+
+        def write(directory: Path) -> None:
+            self._engine.save(directory)
+            self._write_weights(directory, weights)
+
+        self._store.save(
+            name, self._state(), write, num_bytes=self._checkpoint_bytes(),
+            then=lambda: self._store.advance(name, keep_last=keep_last, best=best),
+        )  # fmt: skip
         self._saved = progress.update
         if self._log is not None:
             self._log.sync()
 
-    def _write_checkpoint(self, directory: Path) -> None:
-        self._engine.save(directory)
-        weights = self._exported_weights()
+    def _save_best(self) -> None:
+        weights, num_bytes = self._exported_weights(), 4 * self._engine.num_parameters
+        name, state = best_name(self.progress.update), self._state()
+        self._store.save(name, state, lambda directory: self._write_weights(directory, weights), num_bytes=num_bytes)
+
+    def _write_weights(self, directory: Path, weights: dict[str, Tensor]) -> None:
         if self._world.is_main:
             save_file(weights, directory / WEIGHTS)
-        if self._average is not None:
-            save_file(self._average.state(), directory / f"average-{self._world.rank}.safetensors")
-
-    def _save_best(self) -> None:
-        weights = self._exported_weights()
-
-        def write(directory: Path) -> None:
-            if self._world.is_main:
-                save_file(weights, directory / WEIGHTS)
-
-        num_bytes = 4 * self._engine.num_parameters
-        self._store.save(best_name(self.progress.update), self._state(), write, num_bytes=num_bytes)
 
     def _checkpoint_bytes(self) -> int:
+        """Float32 weights, and what DeepSpeed writes: weights again (stage 0 and 3: once), master weights, moments."""
         half = self.config.precision != "fp32"
-        per_parameter = 4 + 12 + 2 * half + 4 * (self._average is not None)
-        return per_parameter * self._engine.num_parameters
+        return (4 + 12 + (2 if half else 4)) * self._engine.num_parameters
 
     def _state(self) -> dict[str, Any]:
-        return {"stage": self.stage, **asdict(self.progress), "layout": self._layout()}
+        return {"stage": self.stage, **self._origin, **asdict(self.progress), "layout": self._layout()}
 
     def _layout(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be read."""
+        """What a checkpoint's files are split by."""
         return {
             "ranks": self._world.size,
             "zero_stage": self.config.effective_zero_stage,
@@ -284,20 +294,12 @@ class Trainer:
         self._store.prepare()
         snapshot = self._store.newest(self._reporter.say)
         if snapshot is not None:
-            for key, value in self._layout().items():
-                if snapshot.state["layout"][key] != value:
-                    raise CheckpointError(
-                        f"{snapshot.directory}: was written with {key} = {snapshot.state['layout'][key]}, this run has "
-                        f"{value}. Continue with the same setting, or train in another directory."
-                    )
-            self._engine.load(snapshot.directory)
+            self._load(snapshot)
             names = Progress.__dataclass_fields__.keys() & snapshot.state.keys()
             self.progress = Progress(**{name: snapshot.state[name] for name in names})
             self._saved = self.progress.update
-            self._sums.load(self.progress.sums[self._world.rank])
-            if self._average is not None:
-                self._average.load(load_file(snapshot.directory / f"average-{self._world.rank}.safetensors"))
-            self._feeder.seek(self.progress.epoch, self.progress.offset)
+            self._sums.load(shared_out(self.progress.sums, self._world.size)[self._world.rank])
+            self._feeder.seek(self.progress.epoch, self.progress.consumed)
             self._check_best()
             self._reporter.say(f"continuing after update {self.progress.update}")
         self._reporter.start_at(self.progress.update)
@@ -306,6 +308,30 @@ class Trainer:
             board = self.run_config.runtime.tensorboard
             validated = self.progress.validated
             self._log = MetricsLog(self.directory, update=update, validated=validated, tensorboard=board)
+
+    def _load(self, snapshot: Snapshot) -> None:
+        """Weights, averages and optimiser, whatever the ranks, ZeRO stage and precision they were written with."""
+        directory, written, own = snapshot.directory, snapshot.state["layout"], self._layout()
+        for what, was, now in (
+            *((name, snapshot.state.get(name), value) for name, value in self._origin.items()),
+            ("ema", written["ema"], own["ema"]),
+        ):
+            if was != now:
+                raise CheckpointError(
+                    f"{directory}: was written with {what} = {str(was)[:12]}, this run has {str(now)[:12]}. "
+                    "Continue with the same, or train in another directory."
+                )
+        if self._average is not None:
+            self._engine.put_weights(load_file(directory / WEIGHTS))  # those of the average
+            self._average.load(self._engine.shards())
+        if written == own or written["zero_stage"] == own["zero_stage"] == 0:  # every rank of stage 0 has it all
+            self._engine.load(directory)
+            return
+        self._reporter.say(f"{directory.name} was written with {_described(written)}; reading it with {_described(own)}")
+        with self._store.scratch(24 * self._engine.num_parameters) as place:
+            stage = written["zero_stage"]
+            self._world.on_main(lambda: self._engine.convert(directory, place, stage=stage))
+            self._engine.load_universal(place)
 
     def _check_best(self) -> None:
         """A best snapshot that was damaged since is forgotten: the next validation makes a new one."""
@@ -321,6 +347,7 @@ class Trainer:
 
     def _interrupt(self) -> None:
         self._save()
+        self._store.join()
         name = self._stop.signal.name if self._stop.signal is not None else "a signal to another rank"
         raise Interrupted(
             f"{self.stage}: stopped by {name} after update {self.progress.update}, "
@@ -334,7 +361,12 @@ class Trainer:
         if self.config.average_last:
             # An early stop can come between two checkpoints.
             self._save()
+            self._store.join()
             names = [path.name for path in self._store.updates()][-self.config.average_last :]
             return mean_of([self._store.weights(name) for name in names])
         assert self.progress.best_update is not None
         return self._store.weights(best_name(self.progress.best_update))
+
+
+def _described(layout: dict[str, Any]) -> str:
+    return f"ranks: {layout['ranks']}, ZeRO stage {layout['zero_stage']}, {layout['precision']}"

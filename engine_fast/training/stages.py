@@ -149,6 +149,7 @@ class _Job:
             engine = Engine(objective_of(model), model, self.settings, extra=self.config.deepspeed, world=world)
             trainer = Trainer(
                 self.stage, self.settings, self.config, directory, engine=engine, world=world, stop=stop,
+                teacher=inputs["teacher model"] if self.stage == "engine" else None,
                 feeder=Feeder(corpus, self.settings.batch, seed=derive(self.config.seed, self.stage), world=world),
                 validator=Validator(
                     valid, objective_of, max_tokens=self.settings.batch.max_tokens, bleu=self._bleu_set(limits),

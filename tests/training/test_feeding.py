@@ -40,11 +40,11 @@ def test_seek_continues_where_the_last_update_says(done):
     whole, again = feeder(), feeder()
     for _ in range(done):
         last = whole.take()
-    again.seek(last.next_epoch, last.next_offset)
+    again.seek(last.next_epoch, last.next_consumed)
     for _ in range(25):
         one, other = whole.take(), again.take()
         assert contents(one) == contents(other)
-        assert (one.epoch, one.next_epoch, one.next_offset) == (other.epoch, other.next_epoch, other.next_offset)
+        assert (one.epoch, one.next_epoch, one.next_consumed) == (other.epoch, other.next_epoch, other.next_consumed)
 
 
 def test_prefetching_changes_nothing():

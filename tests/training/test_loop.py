@@ -131,7 +131,7 @@ def test_accumulation_equals_one_large_batch(teach, monkeypatch):
         return type(feed)(
             feed.epoch,
             feed.next_epoch,
-            feed.next_offset,
+            feed.next_consumed,
             ((self._corpus.collate(chosen), 1.0),),
             feed.num_target_tokens,
         )
