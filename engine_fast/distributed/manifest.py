@@ -69,9 +69,7 @@ def verify(directory: Path, names: list[str] | None = None) -> None:
         try:
             found = path.stat().st_size
             if found != size:
-                raise CheckpointError(
-                    f"checkpoint {directory} is damaged: {name} has {found} bytes, expected {size}."
-                )
+                raise CheckpointError(f"checkpoint {directory} is damaged: {name} has {found} bytes, expected {size}.")
             if _sum(path) != checksum:
                 raise CheckpointError(f"checkpoint {directory} is damaged: {name} has changed since it was written.")
         except FileNotFoundError as error:

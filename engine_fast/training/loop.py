@@ -327,7 +327,9 @@ class Trainer:
         if written == own or written["zero_stage"] == own["zero_stage"] == 0:  # every rank of stage 0 has it all
             self._engine.load(directory)
             return
-        self._reporter.say(f"{directory.name} was written with {_described(written)}; reading it with {_described(own)}")
+        self._reporter.say(
+            f"{directory.name} was written with {_described(written)}; reading it with {_described(own)}"
+        )
         with self._store.scratch(24 * self._engine.num_parameters) as place:
             stage = written["zero_stage"]
             self._world.on_main(lambda: self._engine.convert(directory, place, stage=stage))

@@ -59,7 +59,7 @@ LEFT_OUT = (
     ),
     Rule("it owns no part of a checkpoint", DAMAGES, victims=("launcher", "child")),
     Rule(
-        "a snapshot torn while it is written is what kill -9 and full disk leave; checksums are taken when it is sealed, "
+        "what is torn while it is written is what kill -9 and full disk leave; checksums are taken when it is sealed, "
         "and nothing can tell an earlier flip from data",
         DAMAGES,
         moments=("in save",),

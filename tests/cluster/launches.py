@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine_fast.distributed.checkpoint import verify
+from engine_fast.distributed.manifest import verify
 from engine_fast.errors import CheckpointError
 from tests.cluster.nodes import Cluster, Node, Process
 
@@ -91,10 +91,10 @@ class Launch:
     def ended(self) -> bool:
         return self._process.poll() is not None
 
-    def reached(self) -> dict[str, Any]:
+    def reached(self, limit: float = 120) -> dict[str, Any]:
         """Wait until the planned rank has come to the planned moment. Raises TimeoutError, with what was said."""
         path = self._control / "reached.json"
-        wait(lambda: path.exists() or self.ended(), 120, lambda: f"the moment did not come\n{self.said()}")
+        wait(lambda: path.exists() or self.ended(), limit, lambda: f"the moment did not come\n{self.said()}")
         if not path.exists():
             raise TimeoutError(f"the launcher ended before the moment came\n{self.said()}")
         return dict(json.loads(path.read_text()))

@@ -15,8 +15,8 @@ from tests.recipes.micro import micro_config
 
 UPDATES, EVERY = 8, 2
 """Of the ENGINE stage: how many, and between checkpoints."""
-BEFORE = ("prepare", "teacher", "cmlm")
-"""Stages whose results every case starts from."""
+BEFORE = ("prepare", "teacher", "distill", "cmlm")
+"""Stages whose results ENGINE starts from, where the run has them."""
 
 
 def matrix_config() -> RunConfig:
@@ -49,7 +49,8 @@ def copy_base(base: Path, out: Path) -> None:
     """A run in which ENGINE is next."""
     out.mkdir(parents=True)
     for stage in BEFORE:
-        shutil.copytree(base / stage, out / stage)
+        if (base / stage).is_dir():
+            shutil.copytree(base / stage, out / stage)
 
 
 def main() -> None:
