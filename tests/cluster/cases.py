@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 FAULTS = ("kill -9", "SIGTERM", "SIGSTOP", "exception", "exit 7", "full disk", "truncated file", "flipped bit")
 MOMENTS = ("in step", "in save", "in load")
-VICTIMS = ("rank 0", "rank 1", "launcher", "child")
+VICTIMS = ("rank 0", "rank 1", "launcher", "child", "guard")
+"""child: what the launcher starts, torchrun or DeepSpeed's runner; guard: the parent of rank 1."""
 
 SIGNALS = {"kill -9": "SIGKILL", "SIGTERM": "SIGTERM", "SIGSTOP": "SIGSTOP"}
 DAMAGES = ("truncated file", "flipped bit")
@@ -42,22 +43,22 @@ class Case:
 
     @property
     def rank(self) -> int:
-        """The rank that comes to the moment: the victim, or rank 0 where the victim is no rank."""
-        return int(self.victim.removeprefix("rank ")) if self.victim.startswith("rank") else 0
+        """The rank that comes to the moment: the victim, or a rank to which it belongs."""
+        return {"rank 1": 1, "guard": 1}.get(self.victim, 0)
 
 
 LEFT_OUT = (
     Rule(
         "it executes no step, save or load of ours; all it can do there is to die, and kill -9 tries that",
         ("exception", "exit 7"),
-        victims=("launcher", "child"),
+        victims=("launcher", "child", "guard"),
     ),
     Rule(
         "the disk is one for all: tried once, as rank 0's, and full for every process meanwhile",
         ("full disk",),
-        victims=("rank 1", "launcher", "child"),
+        victims=("rank 1", "launcher", "child", "guard"),
     ),
-    Rule("it owns no part of a checkpoint", DAMAGES, victims=("launcher", "child")),
+    Rule("it owns no part of a checkpoint", DAMAGES, victims=("launcher", "child", "guard")),
     Rule(
         "what is torn while it is written is what kill -9 and full disk leave; checksums are taken when it is sealed, "
         "and nothing can tell an earlier flip from data",
@@ -66,8 +67,12 @@ LEFT_OUT = (
     ),
 )
 
-VARIANTS = {("exception", "in step"): ("raised", "not finite")}
-"""Where one cell stands for two faults."""
+VARIANTS = {
+    ("exception", "in step"): ("raised", "not finite"),
+    ("kill -9", "in save"): ("writing", "sealing"),
+    ("full disk", "in save"): ("writing", "sealing"),
+}
+"""Where one cell stands for two faults, or for the two halves of a save: the ranks', and the background thread's."""
 
 
 @dataclass(slots=True)

@@ -86,8 +86,14 @@ def _damaged(case: Case, cluster: Cluster, made: Materials, out: Path, result: R
 
 def _send(case: Case, cluster: Cluster, launch: Launch, reached: dict[str, Any]) -> None:
     number = signal.Signals[SIGNALS[case.fault]]
-    victim = {"launcher": launch.launcher, "child": launch.child}.get(case.victim)
-    cluster.head.kill(victim().pid if victim is not None else reached["pid"], number)
+    pid = reached["pid"]
+    if case.victim == "launcher":
+        pid = launch.launcher().pid
+    elif case.victim == "child":
+        pid = launch.child().pid
+    elif case.victim == "guard":
+        pid = next(process.parent for process in cluster.head.processes() if process.pid == pid)
+    cluster.head.kill(pid, number)
 
 
 def _judge(case: Case, cluster: Cluster, launch: Launch, out: Path, result: Result) -> None:
@@ -165,6 +171,8 @@ def _plan(case: Case) -> dict[str, Any]:
     method, number = _METHOD[case.moment], _NUMBER[case.moment]
     if case.variant == "not finite":
         method, action = "backward", "nan"
+    elif case.variant == "sealing":
+        method = "seal"
     return {"moment": method, "number": number, "rank": case.rank, "action": action}
 
 

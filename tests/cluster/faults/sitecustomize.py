@@ -27,8 +27,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WATCHED = "engine_fast.distributed.engine"
-
 
 class InjectedError(Exception):
     """What the action `raise` raises."""
@@ -66,45 +64,57 @@ class _Struck:
             os._exit(7)
 
 
-def _watch(kind: type, struck: _Struck) -> None:
-    """Patch Engine: step at its beginning, load at its beginning, save once this rank's files lie in the snapshot."""
+def _watched(original: Callable[..., Any], moment: str, struck: _Struck, *, after: bool = False) -> Callable[..., Any]:
+    """`original`, struck at its beginning, or at its end."""
+    calls = itertools.count(1)
 
-    def patched(name: str, *, after: bool) -> Callable[..., Any]:
-        original, calls = getattr(kind, name), itertools.count(1)
+    @functools.wraps(original)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        action = struck.action(moment, next(calls)) if not after else ""
+        if action == "nan":
+            kwargs["num_target_tokens"] = math.nan
+        struck.perform(action)
+        result = original(*args, **kwargs)
+        if after:
+            struck.perform(struck.action(moment, next(calls)))
+        return result
 
-        @functools.wraps(original)
-        def method(*args: Any, **kwargs: Any) -> Any:
-            action = struck.action(name, next(calls)) if not after else ""
-            if action == "nan":
-                kwargs["num_target_tokens"] = math.nan
-            struck.perform(action)
-            result = original(*args, **kwargs)
-            if after:
-                struck.perform(struck.action(name, next(calls)))
-            return result
+    return function
 
-        return method
 
+def _watch_engine(module: Any, struck: _Struck) -> None:
+    """step and load at their beginning; save when this rank's files of DeepSpeed lie in the snapshot."""
     for name in ("backward", "step", "load", "save"):
-        setattr(kind, name, patched(name, after=name == "save"))
+        setattr(module.Engine, name, _watched(getattr(module.Engine, name), name, struck, after=name == "save"))
+
+
+def _watch_sealing(module: Any, struck: _Struck) -> None:
+    """seal: in the thread that seals a snapshot, before it is flushed."""
+    module.sync_and_sum = _watched(module.sync_and_sum, "seal", struck)
+
+
+WATCHED = {"engine_fast.distributed.engine": _watch_engine, "engine_fast.distributed.sealing": _watch_sealing}
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, struck: _Struck) -> None:
-        self._struck = struck
+        self._struck, self._busy = struck, False
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != WATCHED:
+        if fullname not in WATCHED or self._busy:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._busy = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._busy = False
         assert spec is not None
         assert spec.loader is not None
         load = spec.loader.exec_module
 
         def exec_module(module: Any) -> None:
             load(module)
-            _watch(module.Engine, self._struck)
+            WATCHED[fullname](module, self._struck)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
