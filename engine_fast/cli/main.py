@@ -10,11 +10,13 @@ import errno
 import importlib
 import os
 import sys
+import traceback
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from engine_fast.distributed import presence
 from engine_fast.errors import EngineFastError
 
 # name -> (sibling module, help). The function in the module bears the module's name. `import` is a keyword of Python.
@@ -28,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "score": ("score", "Energy of each translation under a teacher, in nats, one per line."),
     "evaluate": ("evaluate", "Measure every system of a run again: BLEU, chrF, energy, repetition, speed."),
     "report": ("report", "Write a run's report.html from its results."),
+    "launch": ("launch", "Run a recipe or a command on many ranks: hosts, SLURM, torchrun; watched and restarted."),
     "import": ("import_", "Turn a fairseq-style checkpoint into a model directory."),
     "doctor": ("doctor", "Say what is installed, compiled and usable, and what to do about the rest."),
 }
@@ -77,7 +80,11 @@ def load_command(name: str) -> Any:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"engine-fast: {message}", file=sys.stderr)
+    presence.explain("interrupted" if code == 130 else "mistake", message)
+    try:
+        print(f"engine-fast: {message}", file=sys.stderr)
+    except OSError:
+        pass  # a launched rank's standard error is a file, perhaps on the disk that is full
     raise typer.Exit(code)
 
 
@@ -104,14 +111,29 @@ def _root(
 
 def main() -> None:
     """Entry point of the console script."""
+    presence.attach()
     try:
         app()
     except SystemExit as ended:
-        if "RANK" in os.environ and isinstance(ended.code, int | None):
-            from engine_fast.distributed.runtime import leave
-
-            leave(ended.code or 0)
+        code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+        presence.finished(code)
+        _leave(code)
         raise
+    except BaseException as error:
+        text = traceback.format_exc()
+        presence.explain("exception", f"{type(error).__name__}: {error}", traceback=text)
+        if presence.is_watched():
+            print(text, file=sys.stderr, flush=True)
+            presence.finished(1)
+            _leave(1)
+        raise
+
+
+def _leave(code: int) -> None:
+    if "torch.distributed" in sys.modules and "RANK" in os.environ:
+        from engine_fast.distributed.runtime import leave
+
+        leave(code)
 
 
 if __name__ == "__main__":

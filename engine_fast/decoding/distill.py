@@ -33,6 +33,7 @@ from engine_fast.data.corpus import ParallelCorpus
 from engine_fast.data.prepared import Prepared
 from engine_fast.data.shards import ShardWriter
 from engine_fast.decoding.translate import DecodeSettings, Translator
+from engine_fast.distributed.presence import beat, patient
 from engine_fast.errors import CheckpointError, DataError
 from engine_fast.models import LoadedModel, Transformer
 
@@ -111,6 +112,7 @@ def distill(
                 advance(sizes[number])  # another rank's work since the start
                 continue
             sources = [corpus.source(starts[number] + i) for i in range(sizes[number])]
+            beat(f"distill: chunk {number + 1}")
             chunk = _search(Translator(teacher, settings), sources, advance)
             try:
                 _write_chunk(paths[number], chunk)
@@ -120,8 +122,9 @@ def distill(
                     raise
     if rank == 0:
         _assemble(directory, key, corpus, paths, config, prepared)
-    while not _finished(directory, key):
-        time.sleep(_POLL_SECONDS)
+    with patient("distill: waiting for the other ranks"):
+        while not _finished(directory, key):
+            time.sleep(_POLL_SECONDS)
     # By every rank, after its own last chunk: one that came late may have written into a folder that was being removed.
     shutil.rmtree(chunks, ignore_errors=True)
     return ParallelCorpus.open(directory / CORPUS)
@@ -212,6 +215,7 @@ def _assemble(
     ):
         index = 0
         for path in paths:
+            beat(f"distill: assembling {path.name}")
             chunk = _read_chunk(path)
             targets = iter(np.split(chunk.tokens, np.cumsum(chunk.lengths)[:-1]))
             for count in chunk.counts.tolist():
@@ -268,4 +272,9 @@ def _progress(total: int, done: int, shown: bool) -> Iterator[Callable[[int], No
     columns = (TextColumn("distill"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
         task = progress.add_task("distill", total=total, completed=done)
-        yield lambda count: progress.advance(task, count)
+
+        def advance(count: int) -> None:
+            beat("distill: translating")
+            progress.advance(task, count)
+
+        yield advance

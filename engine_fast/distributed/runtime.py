@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine_fast.config import RuntimeConfig
+from engine_fast.distributed.presence import beat
 from engine_fast.errors import ConfigError, EngineFastError
 
 T = TypeVar("T")
@@ -99,7 +101,9 @@ def start(config: RuntimeConfig) -> World:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read once, when deepspeed is imported
     else:
         torch.cuda.set_device(device)
-    _join(device)
+    beat("meeting the other ranks")
+    _join(device, config.collective_timeout_seconds)
+    beat("met the other ranks")
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -135,7 +139,7 @@ def _set_threads(config: RuntimeConfig) -> None:
             torch.set_num_threads(max(1, torch.get_num_threads() // local))
 
 
-def _join(device: torch.device) -> None:
+def _join(device: torch.device, timeout_seconds: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
@@ -154,4 +158,5 @@ def _join(device: torch.device) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         atexit.register(dist.destroy_process_group)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    limits = {"timeout": timedelta(seconds=timeout_seconds)} if timeout_seconds else {}
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, **limits)

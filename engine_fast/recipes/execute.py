@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_fast.distributed import World
+from engine_fast.distributed.presence import beat, patient
 from engine_fast.errors import CheckpointError, EngineFastError
 from engine_fast.evaluation.files import write_atomic
 from engine_fast.recipes.graph import Plan, Stage, StageClock, begin, check_order, finish, plan_stage, read_record
@@ -62,10 +63,15 @@ def _run_stage(stage: Stage, directory: Path, plan: Plan, hashes: dict[str, str]
     world.barrier()
     clock = StageClock(directory) if world.is_main else None
     try:
-        if stage.every_rank or world.is_main:
+        if stage.every_rank:
+            beat(f"stage {stage.name}")
             stage.run(directory)
+        elif world.is_main:
+            with patient(f"stage {stage.name}"):
+                stage.run(directory)
         else:
-            _wait(directory, failure, plan)
+            with patient(f"waiting for rank 0 in stage {stage.name}"):
+                _wait(directory, failure, plan)
     except EngineFastError as error:
         if world.is_main and world.size > 1:
             write_atomic(failure, str(error))

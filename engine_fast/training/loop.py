@@ -21,6 +21,7 @@ from engine_fast.config import RunConfig, TrainConfig
 from engine_fast.distributed import CheckpointStore, Engine, Snapshot, StepResult, World
 from engine_fast.distributed.checkpoint import WEIGHTS, best_name, update_name
 from engine_fast.distributed.manifest import verify
+from engine_fast.distributed.presence import beat
 from engine_fast.errors import CheckpointError, DivergenceError
 from engine_fast.training.averaging import ExponentialAverage, mean_of
 from engine_fast.training.feeding import Feed, Feeder
@@ -126,12 +127,14 @@ class Trainer:
         feed = self._feeder.take()
         for turn, (batch, weight) in enumerate(feed.batches):
             number = turn * self._world.size + self._world.rank
+            beat(f"{self.stage}: update {progress.update + 1}, micro-batch {number + 1}")
             # The last part once was the rank; as a constant it keeps what one process draws.
             seed_torch(self.run_config.seed, self.stage, progress.update, number, 0)
             stats = self._engine.backward(batch, num_target_tokens=feed.num_target_tokens, weight=weight)
             self._sums.add(stats if weight else {name: value * weight for name, value in stats.items()})
         if progress.update + 1 < self.config.max_updates:
             self._feeder.prefetch()
+        beat(f"{self.stage}: update {progress.update + 1}, step")
         result = self._engine.step(lr)
         self._check(result)
         if self._average is not None and result.applied:
@@ -249,6 +252,7 @@ class Trainer:
         progress, keep_last = self.progress, self.config.keep_last
         if self._saved == progress.update:
             return
+        beat(f"{self.stage}: saving update {progress.update}")
         progress.sums = self._world.gather(self._sums.state())
         name, best, weights = update_name(progress.update), progress.best_update, self._exported_weights()
 
@@ -291,6 +295,7 @@ class Trainer:
         }
 
     def _resume(self) -> None:
+        beat(f"{self.stage}: looking for a checkpoint")
         self._store.prepare()
         snapshot = self._store.newest(self._reporter.say)
         if snapshot is not None:
