@@ -1,4 +1,4 @@
-"""The float32 master weights and Adam's moments, by parameter, wherever the ZeRO stage keeps this rank's share of them."""
+"""The float32 master weights and Adam's moments by parameter, wherever the ZeRO stage keeps this rank's share."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class MasterState:
             self._base.state[weights]["step"] = self._step_of(weights, step)
 
     @torch.no_grad()
-    def put(self, parameter: nn.Parameter, quantity: Quantity, whole: Tensor) -> None:
+    def put(self, parameter: Any, quantity: Quantity, whole: Tensor) -> None:
         """Copy this rank's part of `whole` (any shape of as many elements). Moments need `begin` before."""
         from deepspeed import utils
 

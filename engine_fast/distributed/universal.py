@@ -87,8 +87,8 @@ def _convert_replicated(source: Path, target: Path, names: list[str]) -> None:
 
 def _read(folder: Path, quantity: Quantity) -> Tensor:
     content = _load(folder / f"{quantity}.pt")
-    tensor = content["param"] if isinstance(content, dict) else content
-    return tensor.detach()
+    tensor: Tensor = content["param"] if isinstance(content, dict) else content
+    return tensor
 
 
 def _load(path: Path) -> Any:

@@ -10,23 +10,20 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine_fast.config import RunConfig, TrainConfig
-from engine_fast.distributed import CheckpointStore, Engine, Snapshot, StepResult, World
-from engine_fast.distributed.checkpoint import WEIGHTS, best_name, update_name
-from engine_fast.distributed.manifest import verify
+from engine_fast.distributed import CheckpointStore, Engine, StepResult, World
 from engine_fast.distributed.presence import beat
 from engine_fast.errors import CheckpointError, DivergenceError
-from engine_fast.training.averaging import ExponentialAverage, mean_of
+from engine_fast.training.averaging import ExponentialAverage
+from engine_fast.training.checkpoints import Checkpoints, Progress
 from engine_fast.training.feeding import Feed, Feeder
 from engine_fast.training.interrupt import Interrupted, Stop
-from engine_fast.training.metrics import MetricsLog, Sums, shared_out
+from engine_fast.training.metrics import MetricsLog, Sums
 from engine_fast.training.progress import Reporter
 from engine_fast.training.schedule import learning_rate
 from engine_fast.training.seeding import seed_torch
@@ -35,30 +32,6 @@ from engine_fast.training.validation import HIGHER_IS_BETTER, Validator
 StageName = Literal["teacher", "cmlm", "engine"]
 _SKIPS_IN_A_ROW = 20
 """fp16 updates skipped one after another: by then the loss scale has fallen by a million."""
-
-
-@dataclass
-class Progress:
-    """What a checkpoint remembers besides weights and optimiser."""
-
-    update: int = 0
-    epoch: int = 0
-    consumed: int = 0
-    """Micro-batches of the epoch, over all ranks, that updates have used."""
-    validated: int = -1
-    """Last update that was validated."""
-    best_update: int | None = None
-    best_score: float | None = None
-    bad_validations: int = 0
-    skipped: int = 0
-    """fp16 updates skipped in a row."""
-    seconds: float = 0.0
-    """Spent in updates."""
-    tokens_per_second: float = 0.0
-    window_seconds: float = 0.0
-    """Of the updates since the last line of metrics.jsonl."""
-    sums: list[dict[str, float]] = field(default_factory=list)
-    """Each rank's sums of those updates."""
 
 
 class Trainer:
@@ -84,10 +57,12 @@ class Trainer:
         self._store = CheckpointStore(directory / "checkpoints", world=world, min_free_bytes=run.runtime.min_free_bytes)
         self._average = ExponentialAverage(engine.shards(), config.ema_decay) if config.ema_decay else None
         self._sums = Sums(world.device)
-        self._origin = {} if teacher is None else {"teacher": teacher}
-        self.progress = Progress()
-        self._saved = -1
         self._reporter = Reporter(stage, total=config.max_updates, silent=not world.is_main)
+        self._checkpoints = Checkpoints(
+            self._store, config, engine=engine, average=self._average, world=world, say=self.say,
+            origin={"stage": stage} | ({} if teacher is None else {"teacher": teacher}),
+        )  # fmt: skip
+        self.progress = Progress()
         self._log: MetricsLog | None = None
 
     def train(self) -> dict[str, Tensor]:
@@ -107,8 +82,10 @@ class Trainer:
                 self._update()
                 if self.progress.update % self.config.checkpoint_every == 0 or self._out_of_data():
                     self._save()
+            if self.config.average_last:
+                self._save()  # an early stop can come between two checkpoints
             self._store.join()
-            return self._result()
+            return self._checkpoints.result(self.progress)
         finally:
             self._store.close()
             self._reporter.close()
@@ -215,7 +192,7 @@ class Trainer:
     def _validate(self) -> bool:
         """Measure, log and keep the best. False: a signal came, and the validation is to be done again."""
         progress, metric = self.progress, self.config.early_stop.metric
-        weights = self._exported_weights() if self._average is not None else None
+        weights = self._checkpoints.weights() if self._average is not None else None
         with self._engine.showing(weights) as model:
             figures = self._validator(model)
         if figures is None:
@@ -228,7 +205,7 @@ class Trainer:
         progress.validated = progress.update
         if better:
             progress.best_update, progress.best_score, progress.bad_validations = progress.update, score, 0
-            self._save_best()
+            self._checkpoints.save_best(progress)
         else:
             progress.bad_validations += 1
         if self._log is not None:
@@ -239,118 +216,27 @@ class Trainer:
         self._reporter.say(f"valid at {progress.update}: {shown}{'  (best)' if better else ''}")
         return True
 
-    def _exported_weights(self) -> dict[str, Tensor]:
-        if self._average is None:
-            return self._engine.weights()
-        with self._average.in_place_of(self._engine.shards()):
-            return self._engine.weights()
-
     # ------------------------------------------------------------ checkpoints
 
     def _save(self) -> None:
-        """Write a checkpoint; it is sealed in the background, and the next one waits for it."""
-        progress, keep_last = self.progress, self.config.keep_last
-        if self._saved == progress.update:
-            return
-        beat(f"{self.stage}: saving update {progress.update}")
-        progress.sums = self._world.gather(self._sums.state())
-        name, best, weights = update_name(progress.update), progress.best_update, self._exported_weights()
-
-        def write(directory: Path) -> None:
-            self._engine.save(directory)
-            self._write_weights(directory, weights)
-
-        self._store.save(
-            name, self._state(), write, num_bytes=self._checkpoint_bytes(),
-            then=lambda: self._store.advance(name, keep_last=keep_last, best=best),
-        )  # fmt: skip
-        self._saved = progress.update
+        beat(f"{self.stage}: saving update {self.progress.update}")
+        self._checkpoints.save(self.progress, self._sums)
         if self._log is not None:
             self._log.sync()
 
-    def _save_best(self) -> None:
-        weights, num_bytes = self._exported_weights(), 4 * self._engine.num_parameters
-        name, state = best_name(self.progress.update), self._state()
-        self._store.save(name, state, lambda directory: self._write_weights(directory, weights), num_bytes=num_bytes)
-
-    def _write_weights(self, directory: Path, weights: dict[str, Tensor]) -> None:
-        if self._world.is_main:
-            save_file(weights, directory / WEIGHTS)
-
-    def _checkpoint_bytes(self) -> int:
-        """Float32 weights, and what DeepSpeed writes: weights again (stage 0 and 3: once), master weights, moments."""
-        half = self.config.precision != "fp32"
-        return (4 + 12 + (2 if half else 4)) * self._engine.num_parameters
-
-    def _state(self) -> dict[str, Any]:
-        return {"stage": self.stage, **self._origin, **asdict(self.progress), "layout": self._layout()}
-
-    def _layout(self) -> dict[str, Any]:
-        """What a checkpoint's files are split by."""
-        return {
-            "ranks": self._world.size,
-            "zero_stage": self.config.effective_zero_stage,
-            "precision": self.config.precision,
-            "ema": self._average is not None,
-        }
-
     def _resume(self) -> None:
         beat(f"{self.stage}: looking for a checkpoint")
-        self._store.prepare()
-        snapshot = self._store.newest(self._reporter.say)
-        if snapshot is not None:
-            self._load(snapshot)
-            names = Progress.__dataclass_fields__.keys() & snapshot.state.keys()
-            self.progress = Progress(**{name: snapshot.state[name] for name in names})
-            self._saved = self.progress.update
-            self._sums.load(shared_out(self.progress.sums, self._world.size)[self._world.rank])
-            self._feeder.seek(self.progress.epoch, self.progress.consumed)
-            self._check_best()
-            self._reporter.say(f"continuing after update {self.progress.update}")
+        progress = self._checkpoints.resume(self._sums)
+        if progress is not None:
+            self.progress = progress
+            self._feeder.seek(progress.epoch, progress.consumed)
+            self._reporter.say(f"continuing after update {progress.update}")
         self._reporter.start_at(self.progress.update)
         if self._world.is_main:
-            update = self.progress.update if snapshot is not None else -1
+            update = -1 if progress is None else progress.update
             board = self.run_config.runtime.tensorboard
             validated = self.progress.validated
             self._log = MetricsLog(self.directory, update=update, validated=validated, tensorboard=board)
-
-    def _load(self, snapshot: Snapshot) -> None:
-        """Weights, averages and optimiser, whatever the ranks, ZeRO stage and precision they were written with."""
-        directory, written, own = snapshot.directory, snapshot.state["layout"], self._layout()
-        for what, was, now in (
-            *((name, snapshot.state.get(name), value) for name, value in self._origin.items()),
-            ("ema", written["ema"], own["ema"]),
-        ):
-            if was != now:
-                raise CheckpointError(
-                    f"{directory}: was written with {what} = {str(was)[:12]}, this run has {str(now)[:12]}. "
-                    "Continue with the same, or train in another directory."
-                )
-        if self._average is not None:
-            self._engine.put_weights(load_file(directory / WEIGHTS))  # those of the average
-            self._average.load(self._engine.shards())
-        if written == own or written["zero_stage"] == own["zero_stage"] == 0:  # every rank of stage 0 has it all
-            self._engine.load(directory)
-            return
-        self._reporter.say(
-            f"{directory.name} was written with {_described(written)}; reading it with {_described(own)}"
-        )
-        with self._store.scratch(24 * self._engine.num_parameters) as place:
-            stage = written["zero_stage"]
-            self._world.on_main(lambda: self._engine.convert(directory, place, stage=stage))
-            self._engine.load_universal(place)
-
-    def _check_best(self) -> None:
-        """A best snapshot that was damaged since is forgotten: the next validation makes a new one."""
-        best = self.progress.best_update
-        if best is None:
-            return
-        try:
-            self._world.on_main(lambda: verify(self._store.directory / best_name(best)))
-        except CheckpointError as error:
-            self._reporter.say(f"{error} The best weights are chosen anew from here on.")
-            self.progress.best_update = self.progress.best_score = None
-            self.progress.validated = -1
 
     def _interrupt(self) -> None:
         self._save()
@@ -360,20 +246,3 @@ class Trainer:
             f"{self.stage}: stopped by {name} after update {self.progress.update}, "
             f"state saved in {self._store.directory}. The same command continues."
         )
-
-    # ------------------------------------------------------------ the result
-
-    def _result(self) -> dict[str, Tensor]:
-        """Mean of the last checkpoints if asked for, else the best weights."""
-        if self.config.average_last:
-            # An early stop can come between two checkpoints.
-            self._save()
-            self._store.join()
-            names = [path.name for path in self._store.updates()][-self.config.average_last :]
-            return mean_of([self._store.weights(name) for name in names])
-        assert self.progress.best_update is not None
-        return self._store.weights(best_name(self.progress.best_update))
-
-
-def _described(layout: dict[str, Any]) -> str:
-    return f"ranks: {layout['ranks']}, ZeRO stage {layout['zero_stage']}, {layout['precision']}"

@@ -13,6 +13,7 @@ from engine_fast.distributed.engine import Engine
 from engine_fast.errors import CheckpointError, ConfigError, DivergenceError, VocabularyError
 from engine_fast.models import load_model
 from engine_fast.training import Interrupted, loop, train_cmlm, train_engine
+from engine_fast.training import checkpoints as checkpoints_module
 from engine_fast.training.averaging import mean_of
 
 from .conftest import failing_after, lines_of, make_config, weights_of
@@ -293,7 +294,7 @@ def test_no_whole_checkpoint_is_an_error_not_a_fresh_start(teach, monkeypatch):
 def test_a_full_disk_keeps_the_last_checkpoint_and_leaves_nothing_half(teach, monkeypatch, plain_teacher):
     full = OSError(errno.ENOSPC, "No space left on device")
     # Calls: checkpoint 4, best 4, checkpoint 8.
-    with failing_after(monkeypatch, loop, "save_file", 2, full), pytest.raises(CheckpointError) as caught:
+    with failing_after(monkeypatch, checkpoints_module, "save_file", 2, full), pytest.raises(CheckpointError) as caught:
         teach()
     assert "No space left on device" in str(caught.value)
     assert "last good checkpoint is update-00000004" in str(caught.value)
@@ -319,15 +320,15 @@ def test_a_directory_that_cannot_be_written_to_is_named(teach, monkeypatch, tmp_
         teach("elsewhere")
 
 
-def test_checkpoints_of_another_seed_or_layout_are_refused(teach, monkeypatch):
+def test_checkpoints_of_another_seed_or_average_are_refused(teach, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
         with pytest.raises(Interrupted):
             teach()
     with pytest.raises(CheckpointError, match="seed was 3; now it is 4"):
         teach(seed=4)
-    with pytest.raises(CheckpointError, match="written with zero_stage = 0, this run has 1"):
-        teach(teacher__zero_stage=1)
+    with pytest.raises(CheckpointError, match="written with ema = False, this run has True"):
+        teach(teacher__ema_decay=0.5)
 
 
 def test_a_run_that_diverged_may_go_on_with_another_rate(teach, monkeypatch, capfd):
