@@ -106,21 +106,28 @@ def tried() -> list[Case]:
     return [case for case in every_combination() if not left_out(case)]
 
 
-def causes(case: Case, host: str) -> list[str]:
+def causes(case: Case) -> list[str]:
     """Regular expressions, all of which what was said must match: who, where, what."""
     if case.fault in DAMAGES:
         return [r"checkpoint \S+update-\d+ is damaged", r"falling back to checkpoint|no checkpoint is whole"]
     if case.fault == "full disk":
         return [r"No space left|stay free|[Ff]ree some space"]
     if case.victim == "launcher":
-        return [r"launcher"] if case.fault != "SIGTERM" else [r"SIGTERM"]
+        return (
+            [r"interrupted after"]
+            if case.fault == "SIGTERM"
+            else [r"launcher has given no sign|launcher that was killed"]
+        )
+    if case.fault == "SIGTERM":  # torchrun passes it on
+        return [r"interrupted by a signal to rank " + (r"\d" if case.victim == "child" else str(case.rank))]
     if case.victim == "child":
-        return [r"torchrun|runner|child"] + ([SIGNALS[case.fault]] if case.fault != "SIGSTOP" else [])
+        return [r"what starts the ranks ended by signal 9"]
+    if case.victim == "guard":
+        return [rf"rank {case.rank} on localhost", r"no sign of its host|ended before"]
     what = {
-        "kill -9": r"SIGKILL",
-        "SIGTERM": r"SIGTERM",
-        "SIGSTOP": r"(no|without) (sign of life|heartbeat|beat)|hung|stopped|silent",
-        "exit 7": r"(code|exit|status) 7",
+        "kill -9": r"killed by SIGKILL",
+        "SIGSTOP": r"it was stopped by a signal",
+        "exit 7": r"exited with 7|exit code 7",
         "exception": r"not finite" if case.variant == "not finite" else r"InjectedError: injected by the test",
     }[case.fault]
-    return [case.victim, host, what]
+    return [rf"rank {case.rank} on localhost", what]

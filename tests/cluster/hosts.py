@@ -42,7 +42,7 @@ class Host:
         for pattern in patterns:
             if not re.search(pattern, said):
                 self.problem(f"nothing like {pattern!r} was said:\n{said[-3000:]}")
-        lines = said.splitlines()
+        lines = said.splitlines()[::-1]
         self.result.message = max(lines, key=lambda line: sum(bool(re.search(p, line)) for p in patterns), default="")
         self.result.problems += launches.all_gone(self.cluster)
         self.result.problems += launches.not_whole(self.out)
@@ -79,7 +79,7 @@ def trains_is_killed_and_restarts_itself(case: Host) -> None:
         if attempts != ["attempt-000", "attempt-001"]:
             case.problem(f"attempts {attempts}, expected two")
         first = json.loads((case.out / "launch" / "summary.json").read_text())
-        case.result.message = launch.said().splitlines()[-1]
+        case.result.message = _line(launch.said(), r"first \(")
         if case.b.name not in json.dumps(first):
             case.problem("summary.json does not name the host that failed")
 
@@ -164,7 +164,7 @@ def goes_on_without_a_node_if_elastic(case: Host) -> None:
             case.problem("exit code 0, but the run is not finished")
         if case.b.name not in launch.said():
             case.problem(f"the lost node was not named:\n{launch.said()[-3000:]}")
-        case.result.message = launch.said().splitlines()[-1]
+        case.result.message = _line(launch.said(), r"going on without")
         case.result.problems += launches.all_gone(case.cluster)
         case.result.problems += launches.not_whole(case.out)
     case.cluster.power_on(case.b)
@@ -197,6 +197,10 @@ def try_case(name: str, cluster: Cluster, made: Materials, directory: Path) -> R
         cluster.ready()
     result.seconds = round(time.monotonic() - started, 1)
     return result
+
+
+def _line(said: str, pattern: str) -> str:
+    return next((line for line in said.splitlines() if re.search(pattern, line)), "")
 
 
 def _pause(moment: str, number: int, rank: int = 1) -> dict[str, Any]:

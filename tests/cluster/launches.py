@@ -19,7 +19,7 @@ from tests.cluster.nodes import Cluster, Node, Process
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS = Path(__file__).with_name("faults")
-HANG_SECONDS, GRACE_SECONDS = 25, 8
+HANG_SECONDS, GRACE_SECONDS = 30, 12
 """Given to the launcher. A start on two busy cores must not look like a hang."""
 LIMIT = 150.0
 """Seconds after which a launcher that should have ended is held to be lost."""

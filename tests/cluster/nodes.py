@@ -212,6 +212,7 @@ class Cluster:
         """Start a node, plug it in, and let its sshd answer."""
         node.start()
         plug = self._plug(node)
+        self.head.run("ip", "link", "delete", plug, check=False)  # of the node's last life: the kernel takes its time
         # From outside, because only there the node's PID means anything; both ends are born inside of namespaces.
         subprocess.run(
             ["nsenter", "-t", str(self.head.pid), "-n", "--",

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from engine_fast.distributed.launch.plan import LOST_SECONDS
 from tests.cluster import launches
 from tests.cluster.cases import DAMAGES, SIGNALS, Case, Result, causes
 from tests.cluster.launches import Launch
@@ -20,6 +21,8 @@ _METHOD = {"in step": "step", "in save": "save", "in load": "load"}
 _NUMBER = {"in step": 2, "in save": 1, "in load": 1}
 """From the half-done run: the second update, the first save, the only load."""
 _DISK_MB = 8
+_LEAVING = 60.0
+"""Seconds that ranks may take to notice that there is no launcher any more, to save and to end."""
 
 
 def try_case(case: Case, cluster: Cluster, made: Materials, directory: Path) -> Result:
@@ -43,9 +46,16 @@ def _struck(case: Case, cluster: Cluster, made: Materials, out: Path, result: Re
         reached = launch.reached()
         if case.fault in SIGNALS:
             _send(case, cluster, launch, reached)
-        launch.release()
+        if not _is_silent(case):
+            launch.release()
+        elif case.moment == "in step":  # asked to save by their guards, the ranks can; elsewhere they are too busy
+            time.sleep(LOST_SECONDS + 3.0)
+            launch.release()
         _judge(case, cluster, launch, out, result)
-    _continue(cluster, made, out, result)
+        logs = launch.logs()
+    said = _continue(cluster, made, out, result)
+    if _is_silent(case):
+        _hear(case, logs + said, result)
 
 
 def _on_full_disk(case: Case, cluster: Cluster, made: Materials, out: Path, result: Result) -> None:
@@ -101,29 +111,32 @@ def _judge(case: Case, cluster: Cluster, launch: Launch, out: Path, result: Resu
     if case.fault == "SIGSTOP" and case.victim == "launcher":
         _outlive(cluster, launch, result)
     result.code = launch.wait()
-    result.problems += launches.all_gone(cluster)
-    # A launcher that was killed says nothing more; then the ranks' logs do.
-    silent = case.victim == "launcher" and case.fault in ("kill -9", "SIGSTOP")
-    said = launch.said() + (launch.logs() if silent or case.fault in DAMAGES else "")
+    result.problems += launches.all_gone(cluster, limit=_LEAVING if case.victim == "launcher" else 15.0)
+    said = launch.said() + (launch.logs() if case.fault in DAMAGES else "")
     if result.code == 0:
         if not _is_finished(out):
             result.problems.append("exit code 0, but the run is not finished")
         elif not _may_succeed(case):
             result.problems.append("exit code 0 although the fault was not mended")
-    if result.code != 0 or case.fault in DAMAGES:
-        _hear(case, cluster, said, result)
+    if (result.code != 0 or case.fault in DAMAGES) and not _is_silent(case):
+        _hear(case, said, result)
     result.problems += launches.not_whole(out)
 
 
-def _hear(case: Case, cluster: Cluster, said: str, result: Result) -> None:
-    patterns = causes(case, cluster.head.name)
+def _hear(case: Case, said: str, result: Result) -> None:
+    patterns = causes(case)
     for pattern in patterns:
         if not re.search(pattern, said):
             result.problems.append(f"nothing like {pattern!r} was said:\n{said[-2000:]}")
-    lines = said.splitlines()
+    lines = said.splitlines()[::-1]
     result.message = max(
         lines, key=lambda line: sum(bool(re.search(pattern, line)) for pattern in patterns), default=""
     )
+
+
+def _is_silent(case: Case) -> bool:
+    """Whether the launcher cannot tell what happened to it; then the ranks' logs do, and the next start."""
+    return case.victim == "launcher" and case.fault in ("kill -9", "SIGSTOP")
 
 
 def _may_succeed(case: Case) -> bool:
@@ -149,17 +162,19 @@ def _others(cluster: Cluster, pid: int) -> list[Any]:
     return [process for process in cluster.head.processes() if process.pid != pid]
 
 
-def _continue(cluster: Cluster, made: Materials, out: Path, result: Result) -> None:
-    """The same command, undisturbed, and the same weights as without any fault."""
-    seen = cluster.head.path(out)
+def _continue(cluster: Cluster, made: Materials, out: Path, result: Result) -> str:
+    """The same command, undisturbed, and the same weights as without any fault. Returns what was said."""
+    seen, said = cluster.head.path(out), ""
     if not _is_finished(seen):
         with Launch(cluster, made.config, out, "--ranks", "2") as launch:
             code = launch.wait()
+            said = launch.said()
             if code:
-                result.problems.append(f"the same command ended with {code}:\n{launch.said()[-2000:]}")
-                return
+                result.problems.append(f"the same command ended with {code}:\n{said[-2000:]}")
+                return said
     if launches.weights(seen) != launches.weights(made.whole):
         result.problems.append("other weights than those of the uninterrupted run")
+    return said
 
 
 def _is_finished(out: Path) -> bool:
