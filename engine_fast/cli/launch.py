@@ -63,6 +63,10 @@ def launch(
     if dry_run:
         print(started.dry_run())
         return
+    if flags.node_rank:
+        from engine_fast.distributed.launch.follow import Follower
+
+        raise typer.Exit(Follower(started).run())
     raise typer.Exit(started.run())
 
 

@@ -85,8 +85,9 @@ class End:
 class Attempt:
     """
     attempt.json            the Spec
-    environment.json        variables for the ranks, readable by the user alone
-    runner.log              what the transport itself said
+    environment-HOST.json   variables for the ranks there, readable by the user alone
+    hosts                   the hosts once more, as a hostfile
+    runner.log              what the transport itself said; in nodes mode runner-HOST.log, one for each
     launcher.beat           {"count", "stop"}: rewritten every second by the launcher
     stop.json               {"action": "save" | "quit", "why", "dump"}: the same, to be read afterwards
     rank-00000.json         {"rank", "host", "node", "pid", "start_ticks", "pgid", "local_rank", guard and parent alike}
@@ -98,16 +99,25 @@ class Attempt:
     directory: Path
 
     @classmethod
-    def create(cls, root: Path, spec: Spec, environment: Mapping[str, str]) -> Attempt:
-        """Make attempt-NNN under `root`, with every file that must be writable later at its full size."""
-        attempt = cls(root / f"attempt-{spec.number:03d}")
+    def begin(cls, root: Path, number: int) -> Attempt:
+        """Make attempt-NNN under `root`."""
+        attempt = cls(root / f"attempt-{number:03d}")
         attempt.directory.mkdir(parents=True)
-        write_private(attempt.directory / "environment.json", dict(environment))
-        write_record(attempt.beat_path, {"count": 0, "stop": None}, _BEAT_BYTES)
-        for rank in range(spec.world_size):
-            write_record(attempt.rank_path(rank, "beat"), {}, _BEAT_BYTES)
-        write_json(attempt.directory / "attempt.json", asdict(spec))
+        attempt.order(0, None)
         return attempt
+
+    def describe(self, spec: Spec, environments: Mapping[str, Mapping[str, str]]) -> None:
+        """Write everything that guards read, attempt.json last; what must be writable later at its full size.
+
+        environments: of the ranks, by the name of their host.
+        """
+        for host, environment in environments.items():
+            write_private(self.environment_path(host), dict(environment))
+        for rank in range(spec.world_size):
+            self.beat(rank, {})
+        lines = "".join(f"{host.name} slots={host.slots}\n" for host in spec.hosts)
+        self.hostfile.write_text(lines, encoding="utf-8")
+        write_json(self.directory / "attempt.json", asdict(spec))
 
     @classmethod
     def of_token(cls, token: str) -> Attempt:
@@ -124,6 +134,17 @@ class Attempt:
     def beat_path(self) -> Path:
         return self.directory / "launcher.beat"
 
+    @property
+    def hostfile(self) -> Path:
+        """The hosts of this attempt, in the form that DeepSpeed and mpirun read."""
+        return self.directory / "hosts"
+
+    def runner_log(self, host: str) -> Path:
+        return self.directory / (f"runner-{host}.log" if host else "runner.log")
+
+    def environment_path(self, host: str) -> Path:
+        return self.directory / f"environment-{host}.json"
+
     def rank_path(self, rank: int, ending: str) -> Path:
         return self.directory / f"rank-{rank:05d}.{ending}"
 
@@ -133,8 +154,9 @@ class Attempt:
         tree["hosts"] = tuple(Host(**host) for host in tree["hosts"])
         return Spec(**{**tree, "program": tuple(tree["program"]), "arguments": tuple(tree["arguments"])})
 
-    def environment(self) -> dict[str, str]:
-        return dict(json.loads((self.directory / "environment.json").read_bytes()))
+    def environment(self, host: str) -> dict[str, str]:
+        """What the ranks on a host get. Raises OSError or ValueError where there is none."""
+        return dict(json.loads(self.environment_path(host).read_bytes()))
 
     def order(self, count: int, stop: Mapping[str, Any] | None) -> None:
         """The launcher lives, and wants this of the ranks."""
@@ -159,7 +181,12 @@ class Attempt:
 
 def attempts(root: Path) -> list[Attempt]:
     """Every attempt under `root`, oldest first."""
-    return [Attempt(path) for path in sorted(root.glob("attempt-*"))]
+    return [Attempt(path) for path in sorted(root.glob("attempt-[0-9]*"))]
+
+
+def next_number(root: Path) -> int:
+    """Of the next attempt."""
+    return max((int(attempt.directory.name.removeprefix("attempt-")) for attempt in attempts(root)), default=-1) + 1
 
 
 def write_json(path: Path, tree: Any) -> None:

@@ -48,16 +48,11 @@ def start_command(spec: Spec, attempt: Attempt, environ: Mapping[str, str], *, n
         ]  # fmt: skip
         return Command(tuple(argv), dict(environ), spec.cwd)
     argv = [
-        spec.python, "-m", f"{_PACKAGE}.runner", f"--hostfile={hostfile_of(attempt)}", f"--launcher={spec.launcher}",
+        spec.python, "-m", f"{_PACKAGE}.runner", f"--hostfile={attempt.hostfile}", f"--launcher={spec.launcher}",
         f"--master_addr={spec.master_addr}", f"--master_port={spec.master_port}", "--force_multi", "--no_ssh_check",
         "--no_local_rank", "--module", guard, attempt.token,
     ]  # fmt: skip
     return Command(tuple(argv), _for_runner(spec, environ), "/")
-
-
-def hostfile_of(attempt: Attempt) -> str:
-    """The hosts of this attempt, in the form that DeepSpeed and mpirun read."""
-    return str(attempt.directory / "hosts")
 
 
 def remote_command(

@@ -8,64 +8,45 @@ import os
 import secrets
 import shlex
 import shutil
-import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from engine_fast.distributed.launch import preflight, probe, summary
-from engine_fast.distributed.launch.attempt import Attempt, Spec, attempts, read_json
-from engine_fast.distributed.launch.commands import helper, hostfile_of, remote_command, shown, start_command
+from engine_fast.distributed.launch import nodes, preflight, probe, summary
+from engine_fast.distributed.launch.attempt import Attempt, Spec, next_number, write_json
+from engine_fast.distributed.launch.cleanup import left_behind, reap_hosts, take_over
+from engine_fast.distributed.launch.commands import Command, helper, remote_command, shown, start_command
 from engine_fast.distributed.launch.environment import forwarded
+from engine_fast.distributed.launch.hostfile import Host
 from engine_fast.distributed.launch.plan import LOST_SECONDS, Plan
-from engine_fast.distributed.launch.reap import reap
-from engine_fast.distributed.launch.supervise import Heart, Outcome, Say, supervise
+from engine_fast.distributed.launch.signals import Signals
+from engine_fast.distributed.launch.supervise import Heart, Outcome, Say, supervise, transport_ended
+from engine_fast.distributed.launch.watch import Limits, Trouble, Watch
 from engine_fast.errors import ConfigError
 
 MAX_BACKOFF = 300.0
 _PROGRAMS = {"pdsh": "pdsh", "openmpi": "mpirun", "slurm": "srun"}
-
-
-class Signals:
-    """SIGINT, SIGTERM and SIGHUP, counted."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.given_up = threading.Event()
-
-    def __call__(self) -> int:
-        return self.count
-
-    def note(self, _number: int, _frame: FrameType | None) -> None:
-        self.count += 1
-        self.given_up.set()
-
-    @contextmanager
-    def caught(self) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, self.note) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+_SETTLE = 1.5
 
 
 @dataclass
 class Launch:
-    """A plan on its way."""
+    """A plan on its way. In nodes mode that of node 0; `follow` is the others'."""
 
     plan: Plan
     say: Say
     environ: Mapping[str, str]
     program: tuple[str, ...] | None = None
-    """Instead of engine-fast itself: for tests."""
+    """What a rank executes instead of engine-fast itself."""
+    start: Callable[[Spec, Attempt], Command] | None = None
+    """What starts the ranks instead of the plan's launcher."""
+    limits: Limits | None = None
+    """Default: by --hang-seconds."""
     lost_seconds: float = LOST_SECONDS
 
     def __post_init__(self) -> None:
@@ -81,101 +62,147 @@ class Launch:
         if needed is not None and shutil.which(needed, path=self.environ.get("PATH")) is None:
             raise ConfigError(f"--launcher {self.plan.launcher} needs {needed}, which is not on PATH. Install it.")
         self._warn()
-        with self._locked(), self.signals.caught():
-            self._clear_older()
-            restarts = 0
-            while True:
-                outcome = self._attempt(restarts)
-                if self.signals():
-                    return 130
-                if outcome is not None and outcome.code in (0, 130):
-                    return outcome.code
-                if outcome is not None and not outcome.can_mend:
-                    return 2
-                if restarts == self.plan.flags.max_restarts:
-                    return 2
-                delay = min(self.plan.flags.backoff * 2**restarts, MAX_BACKOFF)
-                restarts += 1
-                self.say(f"restart {restarts} of {self.plan.flags.max_restarts} in {delay:g} s")
-                if self.signals.given_up.wait(delay):
-                    return 130
+        with locked(self.root, self.plan.flags.node_rank), self.signals.caught():
+            older = left_behind(self.root)
+            if older is not None:
+                ask = self._ask(older[1].mode, older[1].launcher, threading.Event())
+                take_over(*older, ask, self.say, self.signals.given_up)
+            return self._attempts()
 
     def dry_run(self) -> str:
         """What would be done; nothing is started or written."""
         plan = self.plan
+        hosts = plan.hosts
+        if plan.mode == "nodes":
+            hosts = tuple(Host(nodes.name_of(node), plan.hosts[0].slots) for node in range(plan.flags.nodes or 1))
         port = plan.port or probe.free_port()
-        spec = self._spec(plan.with_hosts(plan.hosts), plan.master_addr or plan.hosts[0].name, port, {})
+        spec = self._spec(plan.with_hosts(hosts), next_number(self.root), plan.master_addr or hosts[0].name, port, {})
         attempt = Attempt(self.root / f"attempt-{spec.number:03d}")
-        lines = [f"hosts: {', '.join(f'{host.name} slots={host.slots}' for host in plan.hosts)}"]
+        lines = [f"hosts: {', '.join(f'{host.name} slots={host.slots}' for host in hosts)}"]
         lines.append(f"ranks: {spec.world_size}, each executes: {shlex.join([*spec.program, *spec.arguments])}")
         lines.append(f"forwarded: {' '.join(self.forwarded) or 'nothing'}")
-        if plan.flags.preflight and plan.mode != "local":
-            question = helper(plan.python, "probe", "QUESTION")
-            for host in plan.hosts:
+        if plan.flags.preflight and plan.mode in ("hosts", "slurm"):
+            for host in hosts:
+                question = helper(plan.python, "probe", "QUESTION")
                 command = remote_command(plan.launcher, host.name, question, self.environ, self.forwarded)
-                lines.append(f"preflight: {shlex.join(command.argv)}")
+                lines.append(f"preflight: {shown(command)}")
         node = plan.flags.node_rank or 0
-        command = start_command(spec, attempt, self.environ, node=node)
         if plan.mode == "nodes":
-            lines.append(f"port, nodes and their slots as they will have joined; this is node {node}")
-        lines.append(f"start: {shown(command)}")
+            lines.append(f"this is node {node}; the others are assumed to have as many ranks")
+        lines.append(f"start: {shown(start_command(spec, attempt, self.environ, node=node))}")
         return "\n".join(lines)
 
-    # ------------------------------------------------------------ one attempt
+    def command(self, spec: Spec, attempt: Attempt, node: int = 0) -> Command:
+        """What starts the ranks, in nodes mode those of one node."""
+        if self.start is not None:
+            return self.start(spec, attempt)
+        return start_command(spec, attempt, self.environ, node=node)
 
-    def _attempt(self, restarts: int) -> Outcome | None:
-        """None: it could not be started."""
-        try:
-            plan, master, port, versions = self._prepared(restarts)
-        except ConfigError as error:
-            if restarts == 0 or self.signals():
-                if self.signals():
-                    return None
-                raise
-            self.say(str(error))
-            return None
-        spec = self._spec(plan, master, port, versions)
-        attempt = Attempt.create(self.root, spec, self.forwarded)
-        lines = "".join(f"{host.name} slots={host.slots}\n" for host in spec.hosts)
-        Path(hostfile_of(attempt)).write_text(lines, encoding="utf-8")
-        where = ", ".join(f"{host.name}:{host.slots}" for host in spec.hosts)
-        self.say(f"attempt {spec.number}: {spec.world_size} ranks on {where}, logs in {attempt.directory}")
+    # ------------------------------------------------------------ attempts
+
+    def _attempts(self) -> int:
+        most, backoff = self.plan.flags.max_restarts, self.plan.flags.backoff
+        for restarts in range(most + 1):
+            delay = min(backoff * 2**restarts, MAX_BACKOFF)
+            code, again = self._attempt(restarts, delay)
+            if self.signals() and code:
+                return 130
+            if not again:
+                return code
+            self.say(f"restart {restarts + 1} of {most} in {delay:g} s")
+            if self.signals.given_up.wait(delay):
+                return 130
+        return 2
+
+    def _attempt(self, restarts: int, delay: float) -> tuple[int, bool]:
+        """(exit code, whether another one follows)."""
+        may_restart = restarts < self.plan.flags.max_restarts
+        attempt = Attempt.begin(self.root, next_number(self.root))
         heart = Heart(attempt)
         heart.start()
-        outcome = supervise(
-            attempt, spec, start_command(spec, attempt, self.environ), heart,
-            hang_seconds=plan.flags.hang_seconds, interrupts=self.signals,
-            reap=lambda hosts: self._reap(attempt, spec, hosts, patience=0.0), say=self.say,
-        )  # fmt: skip
+        peers = self._peers(attempt)
+        try:
+            plan, master, port, versions = self._prepared(attempt, restarts, peers)
+        except BaseException as error:
+            heart.end()
+            self._close(attempt, peers, 2, may_restart and restarts > 0, delay, str(error))
+            if peers is None:
+                shutil.rmtree(attempt.directory, ignore_errors=True)
+            if not isinstance(error, ConfigError) or (restarts == 0 and not self.signals()):
+                raise
+            if not self.signals():
+                self.say(str(error))
+            return 2, may_restart
+        spec = self._spec(plan, _number(attempt), master, port, versions)
+        own = spec.hosts[:1] if peers is not None else spec.hosts
+        attempt.describe(spec, {host.name: self.forwarded for host in own})
+        where = ", ".join(f"{host.name}:{host.slots}" for host in spec.hosts)
+        self.say(f"attempt {spec.number}: {spec.world_size} ranks on {where}, logs in {attempt.directory}")
+        outcome = self._supervised(attempt, spec, heart, peers)
+        again = may_restart and outcome.can_mend and not self.signals()
         self.say(summary.describe(outcome, attempt, spec))
+        self._close(attempt, peers, outcome.code, again, delay, "")
         self._history.append(summary.record(outcome, spec))
         summary.write(self.root, self._history)
-        return outcome
+        return outcome.code, again
 
-    def _prepared(self, restarts: int) -> tuple[Plan, str, int, Mapping[str, str]]:
+    def _supervised(self, attempt: Attempt, spec: Spec, heart: Heart, peers: nodes.Peers | None) -> Outcome:
+        own = spec.hosts[0].name
+
+        def interrupts() -> int:
+            return self.signals() + (peers.interrupts() if peers is not None else 0)
+
+        def clean(hosts: list[str]) -> dict[str, str]:
+            if peers is None:
+                return reap_hosts(attempt, spec, hosts, self._ask(spec.mode, spec.launcher, threading.Event()))
+            others = [host for host in hosts if host != own]
+            return {**reap_hosts(attempt, spec, [own], None), **peers.await_over(others, spec.grace_seconds)}
+
+        def other(watch: Watch) -> Trouble | None:
+            found = peers.trouble() if peers is not None else None
+            for host, code in peers.ended_transports(_SETTLE) if peers is not None else []:
+                found = found or transport_ended(watch, code, host)
+            return found
+
+        return supervise(
+            attempt, spec, self.command(spec, attempt), heart,
+            limits=self.limits or Limits(self.plan.flags.hang_seconds),
+            interrupts=interrupts, reap=clean, say=self.say, host=own if peers is not None else "", other=other,
+        )  # fmt: skip
+
+    def _prepared(
+        self, attempt: Attempt, restarts: int, peers: nodes.Peers | None
+    ) -> tuple[Plan, str, int, Mapping[str, str]]:
         """(plan with the hosts that take part, master's address, port, versions). Raises ConfigError."""
         plan, flags = self.plan, self.plan.flags
         # A fresh port for each attempt: the old one may still be held by what the last attempt left.
         wanted = plan.port if restarts == 0 else 0
-        if not flags.preflight and plan.mode != "local":
-            return plan, plan.master_addr or plan.hosts[0].name, wanted or probe.free_port(), probe.versions()
-        if plan.mode == "local":
-            ask: preflight.Ask = _ask_here
+        if peers is not None:
+            peers.invite(flags.arguments)
+            self.say(f"waiting for {(flags.nodes or 1) - 1} other nodes in {attempt.directory}")
+            hosts, failures = peers.gather(
+                plan.hosts[0], root=self.root, python=plan.python, cwd=plan.cwd, seconds=nodes.JOIN_SECONDS,
+                given_up=self.signals.given_up,
+            )  # fmt: skip
+            port = next((port for port in range(plan.port + restarts, 65536) if probe.is_free(port)), 0)
+            if port != plan.port and restarts == 0:
+                failures = {**failures, plan.hosts[0].name: f"port {plan.port} is in use. Choose another in --master."}
+            report = preflight.Report(tuple(hosts), failures, plan.master_addr, port, probe.versions())
+        elif flags.preflight or plan.mode == "local":
+            ask = self._ask(plan.mode, plan.launcher, self.signals.given_up) or _ask_here
+            report = preflight.check_hosts(
+                plan.hosts, self.root, ask=ask, python=plan.python, cwd=plan.cwd, master=plan.master_addr, port=wanted
+            )
         else:
-            ask = preflight.asking(plan.launcher, self.environ, self.forwarded, self.signals.given_up)
-        report = preflight.check_hosts(
-            plan.hosts, self.root, ask=ask, python=plan.python, cwd=plan.cwd, master=plan.master_addr, port=wanted
-        )
+            return plan, plan.master_addr or plan.hosts[0].name, wanted or probe.free_port(), probe.versions()
         if report.failures and flags.elastic and restarts and report.hosts:
             self.say(f"going on without: {preflight.describe(report.failures, len(plan.hosts))}")
-        else:
-            preflight.require_all(report, len(plan.hosts))
+        elif report.failures:
+            total = flags.nodes or len(plan.hosts)
+            raise ConfigError(f"preflight: {preflight.describe(report.failures, total)}")
         return plan.with_hosts(report.hosts), report.master_addr, report.port, report.versions
 
-    def _spec(self, plan: Plan, master: str, port: int, versions: Mapping[str, str]) -> Spec:
-        number = (
-            max((int(path.directory.name.removeprefix("attempt-")) for path in attempts(self.root)), default=-1) + 1
-        )
+    def _spec(self, plan: Plan, number: int, master: str, port: int, versions: Mapping[str, str]) -> Spec:
         return Spec(
             id=secrets.token_hex(16), number=number, mode=plan.mode, launcher=plan.launcher, hosts=plan.hosts,
             python=plan.python, cwd=plan.cwd, program=self.program or plan.program, arguments=plan.flags.arguments,
@@ -184,62 +211,24 @@ class Launch:
             started=time.time(), versions=dict(versions),
         )  # fmt: skip
 
-    # ------------------------------------------------------------ cleanliness
+    def _peers(self, attempt: Attempt) -> nodes.Peers | None:
+        if self.plan.mode != "nodes":
+            return None
+        return nodes.Peers(attempt, self.plan.flags.nodes or 1, silence=self.lost_seconds)
 
-    def _reap(self, attempt: Attempt, spec: Spec, hosts: list[str], *, patience: float) -> dict[str, str]:
-        """Host -> complaint, for those where it could not be done."""
-        complaints = {}
-        ask = preflight.asking(spec.launcher, self.environ, self.forwarded, threading.Event())
-        for host in hosts:
-            if spec.mode in ("local", "nodes"):
-                found: dict[str, Any] | None = reap(attempt, host, patience=patience)
-                reason = ""
-            else:
-                question = probe.pack({"host": host, "patience": patience})
-                code, said, complaint = ask(host, helper(spec.python, "reap", attempt.token, question))
-                found = probe.find_answer(said)
-                reason = (complaint.strip().splitlines() or [f"exit code {code}"])[-1][:200]
-            if found is None:
-                late = f"what is left there ends by itself within {spec.lost_seconds + spec.grace_seconds:g} s"
-                complaints[host] = f"{reason}; {late}"
-            elif found["left"]:
-                complaints[host] = f"processes {found['left']} do not end"
-        return complaints
+    def _close(
+        self, attempt: Attempt, peers: nodes.Peers | None, code: int, again: bool, delay: float, why: str
+    ) -> None:
+        """Tell the other nodes' launchers how it ended."""
+        if peers is not None:
+            end = {"code": code, "restart": again, "delay": delay, "why": why}
+            write_json(attempt.directory / "closed.json", end)
 
-    def _clear_older(self) -> None:
-        """An older launcher that was killed may have left ranks that are still on their way out."""
-        older = attempts(self.root)
-        if not older or (read_json(older[-1].beat_path) or {}).get("stop") is not None:
-            return
-        try:
-            spec = older[-1].spec()
-        except (OSError, ValueError, TypeError):
-            return  # it came no further than making the directory
-        self.say(f"attempt {spec.number} was left by a launcher that was killed; ending what runs of it")
-        complaints = self._reap(older[-1], spec, [host.name for host in spec.hosts], patience=spec.grace_seconds)
-        older[-1].order(-1, {"action": "quit", "why": "another launcher has taken over"})
-        for host, complaint in complaints.items():
-            self.say(f"{host}: {complaint}")
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One launcher at a time works in a run directory (in nodes mode: one for each node)."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise ConfigError(
-                f"{self.root}: a file is in the way, expected a directory. Choose another --out."
-            ) from error
-        node = self.plan.flags.node_rank
-        name = ".lock" if node is None else f".lock-{node}"
-        with (self.root / name).open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ConfigError(
-                    f"{self.root}: another `engine-fast launch` works here. Wait for it, or choose another --out."
-                ) from error
-            yield
+    def _ask(self, mode: str, launcher: str, given_up: threading.Event) -> preflight.Ask | None:
+        """How to run something on a host; None where every host is this one."""
+        if mode in ("local", "nodes"):
+            return None
+        return preflight.asking(launcher, self.environ, self.forwarded, given_up)
 
     def _warn(self) -> None:
         for path in (Path(".deepspeed_env"), Path.home() / ".deepspeed_env"):
@@ -247,6 +236,27 @@ class Launch:
                 self.say(f"{path}: is not read, because DeepSpeed would run its values in a shell. Use --forward NAME.")
 
 
+@contextmanager
+def locked(root: Path, node: int | None) -> Iterator[None]:
+    """One launcher at a time works in a run directory (in nodes mode: one for each node)."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"{root}: a file is in the way, expected a directory. Choose another --out.") from error
+    with (root / (".lock" if node is None else f".lock-{node}")).open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{root}: another `engine-fast launch` works here. Wait for it, or choose another --out."
+            ) from error
+        yield
+
+
 def _ask_here(_host: str, argv: Sequence[str]) -> tuple[int, str, str]:
     """The probe of this host needs no process of its own."""
     return 0, probe.MARK + json.dumps(probe.examine(probe.unpack(argv[-1]))), ""
+
+
+def _number(attempt: Attempt) -> int:
+    return int(attempt.directory.name.removeprefix("attempt-"))

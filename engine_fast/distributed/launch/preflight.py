@@ -14,7 +14,6 @@ from typing import Any
 from engine_fast.distributed.launch import probe, processes
 from engine_fast.distributed.launch.commands import helper, remote_command
 from engine_fast.distributed.launch.hostfile import Host
-from engine_fast.errors import ConfigError
 
 TIMEOUT = 60.0
 _CLOCK_SECONDS = 5.0
@@ -69,9 +68,7 @@ def check_hosts(
             answer = probe.find_answer(said)
             if answer is None:
                 return {}, _unreachable(host.name, code, said, complaint)
-            return answer, _unfit(
-                answer, nonce=nonce, here=here, started=started, ended=time.time(), root=root, cwd=cwd
-            )
+            return answer, unfit(answer, nonce=nonce, here=here, started=started, ended=time.time(), root=root, cwd=cwd)
 
         name = master or hosts[0].name
         with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -100,12 +97,6 @@ def describe(failures: Mapping[str, str], total: int) -> str:
     return f"{len(failures)} of {total} hosts cannot take part:{lines}"
 
 
-def require_all(report: Report, total: int) -> None:
-    """Raise ConfigError naming each host that cannot take part."""
-    if report.failures:
-        raise ConfigError(f"preflight: {describe(report.failures, total)}")
-
-
 def asking(launcher: str, environ: Mapping[str, str], forwarded: Mapping[str, str], given_up: threading.Event) -> Ask:
     """Over this transport. Once `given_up` is set, every question in hand ends."""
 
@@ -132,7 +123,7 @@ def _unreachable(host: str, code: int, said: str, complaint: str) -> str:
     return f"{reason.rstrip('.')}. {advice.format(host=host)}"
 
 
-def _unfit(
+def unfit(
     answer: Mapping[str, Any],
     *,
     nonce: str,

@@ -67,7 +67,7 @@ def find_place(spec: Spec, environ: Mapping[str, str]) -> Place:
 def environment(spec: Spec, place: Place, attempt: Attempt, environ: Mapping[str, str]) -> dict[str, str]:
     """What the rank's process gets."""
     return {
-        **for_rank(environ, attempt.environment()),
+        **for_rank(environ, attempt.environment(spec.place(place.rank)[0].name)),
         # torchrun and DeepSpeed have set these two; MPI and SLURM know nothing of them.
         "MASTER_ADDR": environ.get("MASTER_ADDR", spec.master_addr),
         "MASTER_PORT": environ.get("MASTER_PORT", str(spec.master_port)),

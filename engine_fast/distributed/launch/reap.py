@@ -16,20 +16,25 @@ from engine_fast.distributed.launch.probe import MARK, unpack
 from engine_fast.distributed.launch.processes import Process
 from engine_fast.distributed.launch.rank import mark_of
 
+_PATIENCE = 2.0
 
-def reap(attempt: Attempt, host: str, *, patience: float) -> dict[str, Any]:
-    """Ask the host's ranks to save and end, wait `patience` seconds, kill. Returns {"found", "killed", "left"}."""
+
+def reap(attempt: Attempt, host: str) -> dict[str, Any]:
+    """SIGCONT, SIGTERM, two seconds, SIGKILL for each rank that is left on the host, and for what came out of it.
+
+    The ranks were asked to save before, through their guards. Returns {"found", "killed", "left"}.
+    """
     spec = attempt.spec()
     records = [read_json(attempt.rank_path(rank, "json")) or {} for rank in spec.ranks_of(host)]
     ranks = [found for record in records if (found := _process(record)) is not None and found.is_alive()]
     below = processes.descendants(process.pid for process in ranks)
-    killed = processes.end([*ranks, *below], patience=patience)
+    killed = processes.end([*ranks, *below], patience=_PATIENCE)
     guards = [found for record in records if (found := _process(record.get("guard"))) is not None]
     parents = []
     if spec.launcher in ("torchrun", "pdsh"):  # MPI's and SLURM's own daemons are not ours to end
         parents = [found for record in records if (found := _process(record.get("parent"))) is not None]
     rest = [process for process in {*guards, *parents, *processes.carrying(*mark_of(spec, host))} if process.is_alive()]
-    killed += processes.end(rest, patience=2.0)
+    killed += processes.end(rest, patience=_PATIENCE)
     everything = [*ranks, *below, *rest]
     left = [process.pid for process in everything if process.is_alive()]
     return {"found": len(everything), "killed": sorted(process.pid for process in killed), "left": left}
@@ -42,8 +47,7 @@ def _process(record: Any) -> Process | None:
 
 
 def main(argv: list[str]) -> None:
-    question = unpack(argv[1])
-    found = reap(Attempt.of_token(argv[0]), question["host"], patience=float(question["patience"]))
+    found = reap(Attempt.of_token(argv[0]), unpack(argv[1])["host"])
     print(MARK + json.dumps(found), flush=True)
 
 

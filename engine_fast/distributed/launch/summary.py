@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_fast.distributed.launch.attempt import Attempt, Spec, write_json
-from engine_fast.distributed.launch.supervise import Outcome
+from engine_fast.distributed.launch.supervise import Outcome, read_log
 
 _LOG_LINES = 12
 _SHOWN_RANKS = 8
@@ -105,7 +105,9 @@ def _headline(outcome: Outcome, spec: Spec, took: str) -> str:
         return f"failed after {took}: {trouble.why}"
     host = spec.place(trouble.rank)[0].name
     why = trouble.why.strip().splitlines() or [trouble.kind]
-    return f"failed after {took}: rank {trouble.rank} on {host}, first ({trouble.kind}): " + "\n    ".join(why[:6])
+    return f"failed after {took}: rank {trouble.rank} on {host} was the first ({trouble.kind}): " + "\n    ".join(
+        why[:6]
+    )
 
 
 def _others(outcome: Outcome, spec: Spec, rank: int | None) -> str:
@@ -124,12 +126,12 @@ def _others(outcome: Outcome, spec: Spec, rank: int | None) -> str:
 
 
 def _log(outcome: Outcome, attempt: Attempt, rank: int | None) -> list[str]:
-    seen = outcome.watch.ranks[rank] if rank is not None else None
-    if seen is not None and seen.record is not None and rank is not None:
-        path = attempt.rank_path(rank, "log")
-        text = path.read_bytes()[-20_000:].decode("utf-8", "replace") if path.is_file() else ""
-    else:
-        path, text = attempt.directory / "runner.log", outcome.transport_log
+    path = outcome.transport_log
+    if rank is not None:
+        there = attempt.runner_log(outcome.watch.spec.place(rank)[0].name)  # in nodes mode
+        started = outcome.watch.ranks[rank].record is not None
+        path = attempt.rank_path(rank, "log") if started else there if there.exists() else path
+    text = read_log(path)
     tail = [line.rstrip()[:200] for line in text.splitlines() if line.strip()][-_LOG_LINES:]
     return [f"  end of {path}:", *(f"    | {line}" for line in tail)] if tail else [f"  {path} is empty"]
 

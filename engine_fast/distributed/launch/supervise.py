@@ -15,7 +15,7 @@ from typing import Any
 from engine_fast.distributed.launch import processes
 from engine_fast.distributed.launch.attempt import Attempt, Spec, write_json
 from engine_fast.distributed.launch.commands import Command
-from engine_fast.distributed.launch.watch import Trouble, Watch, first_failure
+from engine_fast.distributed.launch.watch import Limits, Trouble, Watch, first_failure
 
 MISTAKE = 2
 """Exit code of engine-fast when somebody has to change something."""
@@ -82,7 +82,7 @@ class Outcome:
     seconds: float
     unreaped: Mapping[str, str]
     """Hosts on which the clean-up failed."""
-    transport_log: str
+    transport_log: Path
 
     @property
     def can_mend(self) -> bool:
@@ -101,24 +101,26 @@ def supervise(
     command: Command,
     heart: Heart,
     *,
-    hang_seconds: float,
+    limits: Limits,
     interrupts: Interrupt,
     reap: Reap,
     say: Say,
-    follow: bool = True,
+    host: str = "",
+    other: Callable[[Watch], Trouble | None] = lambda _: None,
 ) -> Outcome:
-    """Run one attempt. When it returns, no process of it is left on a host that could be reached."""
+    """Run one attempt. When it returns, no process of it is left on a host that could be reached.
+
+    host: the one whose ranks `command` starts; "" = all. other: a failure that is seen neither here nor on a rank.
+    """
     started = time.monotonic()
-    watch = Watch(attempt, spec, hang_seconds, started)
-    log_path = attempt.directory / "runner.log"
-    with log_path.open("ab") as log:
-        child = subprocess.Popen(
-            command.argv, env=command.environment, cwd=command.cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            start_new_session=True,
-        )  # fmt: skip
-    tail = _Tail(attempt.rank_path(0, "log")) if follow else None
+    watch = Watch(attempt, spec, limits, started)
+    log_path = attempt.runner_log(host)
+    child = start_transport(command, log_path)
+    tail = _Tail(attempt.rank_path(0, "log"))
     try:
-        trouble, interrupted = _run(watch, child, heart, log_path, interrupts=interrupts, tail=tail, say=say)
+        trouble, interrupted = _run(
+            watch, child, heart, log_path, interrupts=interrupts, tail=tail, say=say, host=host, other=other
+        )
         _await_ends(watch, heart, spec, interrupts=interrupts, tail=tail, say=say)
         if trouble is not None and not interrupted:
             trouble = _refined(watch, trouble)
@@ -126,11 +128,10 @@ def supervise(
         heart.end()
         left = {spec.place(rank)[0].name for rank in watch.unended()}
         complaints = reap(sorted(left)) if left else {}
-        _end_transport(child, late=bool(watch.unended()) and not complaints, interrupts=interrupts)
-        if tail is not None:
-            tail.show()
+        end_transport(child, late=bool(watch.unended()) and not complaints, interrupts=interrupts)
+        tail.show()
     code = 130 if interrupted else 0 if trouble is None else 2
-    return Outcome(code, trouble, watch, time.monotonic() - started, complaints, _read(log_path))
+    return Outcome(code, trouble, watch, time.monotonic() - started, complaints, log_path)
 
 
 def _run(
@@ -140,27 +141,28 @@ def _run(
     log_path: Path,
     *,
     interrupts: Interrupt,
-    tail: _Tail | None,
+    tail: _Tail,
     say: Say,
+    host: str,
+    other: Callable[[Watch], Trouble | None],
 ) -> tuple[Trouble | None, bool]:
     """Until the ranks are done, or something is to be done about them. Returns (trouble, asked to stop)."""
     ended_at: float | None = None
     while True:
         now = time.monotonic()
         watch.look(now)
-        if tail is not None:
-            tail.show()
+        tail.show()
         if watch.all_done:
             return None, False
         if interrupts():
             say("stopping: the ranks save their state; press again to stop at once")
             heart.publish({"action": "save", "why": "the launcher was asked to stop"})
             return None, True
-        trouble = watch.trouble(now) or watch.unreached(_read(log_path))
-        if trouble is None and (code := _peek(child)) is not None:
+        trouble = watch.trouble(now) or watch.unreached(read_log(log_path)) or other(watch)
+        if trouble is None and (code := peek(child)) is not None:
             ended_at = ended_at or now
             if now - ended_at > _SETTLE:
-                trouble = _transport_ended(watch, code)
+                trouble = transport_ended(watch, code, host)
         if trouble is not None and trouble.kind == "interrupted":
             # Somebody signalled a rank: its peers are saving with it, and so should those that are not.
             heart.publish({"action": "save", "why": f"rank {trouble.rank} was asked to stop"})
@@ -196,18 +198,28 @@ def _refined(watch: Watch, trouble: Trouble) -> Trouble:
     return replace(trouble, rank=rank, kind=failed[rank].kind, why=failed[rank].error)
 
 
-def _transport_ended(watch: Watch, code: int) -> Trouble | None:
-    """The transport is gone, and some rank has no marker. Its own exit code is told, not trusted."""
+def start_transport(command: Command, log_path: Path) -> subprocess.Popen[bytes]:
+    """In a session of its own, so that no signal of the terminal reaches it."""
+    with log_path.open("ab") as log:
+        return subprocess.Popen(
+            command.argv, env=command.environment, cwd=command.cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def transport_ended(watch: Watch, code: int, host: str) -> Trouble | None:
+    """The transport is gone, and some rank of the host has no marker. Its own exit code is told, not trusted."""
     how = f"by signal {-code}" if code < 0 else f"with code {code}"
-    missing = [rank for rank in watch.unended() if watch.ranks[rank].record is None]
+    unended = [rank for rank in watch.unended() if host in ("", watch.spec.place(rank)[0].name)]
+    missing = [rank for rank in unended if watch.ranks[rank].record is None]
     if missing:
         return Trouble(missing[0], "never started", f"what starts the ranks ended {how} before this one was there")
-    if watch.unended():
+    if unended:
         return Trouble(None, "transport", f"what starts the ranks ended {how} before they did", action="save")
     return None
 
 
-def _await_ends(watch: Watch, heart: Heart, spec: Spec, *, interrupts: Interrupt, tail: _Tail | None, say: Say) -> None:
+def _await_ends(watch: Watch, heart: Heart, spec: Spec, *, interrupts: Interrupt, tail: _Tail, say: Say) -> None:
     """Until every rank that has started has ended, or patience does."""
     if watch.all_done:
         return
@@ -216,8 +228,7 @@ def _await_ends(watch: Watch, heart: Heart, spec: Spec, *, interrupts: Interrupt
     while True:
         now = time.monotonic()
         watch.look(now)
-        if tail is not None:
-            tail.show()
+        tail.show()
         if not [rank for rank in watch.unended() if watch.ranks[rank].record is not None]:
             return
         if quits_at is None and interrupts() > before:
@@ -231,19 +242,19 @@ def _await_ends(watch: Watch, heart: Heart, spec: Spec, *, interrupts: Interrupt
         time.sleep(_POLL)
 
 
-def _end_transport(child: subprocess.Popen[bytes], *, late: bool, interrupts: Interrupt) -> None:
+def end_transport(child: subprocess.Popen[bytes], *, late: bool, interrupts: Interrupt) -> None:
     """It ends by itself once its ranks have. DeepSpeed's would answer SIGINT by killing every job it finds: no SIGINT.
 
     late: guards may be about to start, which will end at once; better not to cut them off from this host before.
     """
     limit, before = time.monotonic() + (_LATE_SECONDS if late else _RUNNER_SECONDS), interrupts()
-    while _peek(child) is None and time.monotonic() < limit and interrupts() == before:
+    while peek(child) is None and time.monotonic() < limit and interrupts() == before:
         time.sleep(0.1)
     processes.end_session(child.pid)
     child.wait()
 
 
-def _peek(child: subprocess.Popen[bytes]) -> int | None:
+def peek(child: subprocess.Popen[bytes]) -> int | None:
     """Its exit code, without taking it from the kernel: until then its number is its own, and that of its session."""
     found = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     if found is None:
@@ -270,7 +281,7 @@ class _Tail:
             sys.stderr.buffer.flush()
 
 
-def _read(path: Path, limit: int = 200_000) -> str:
+def read_log(path: Path, limit: int = 200_000) -> str:
     try:
         return path.read_bytes()[-limit:].decode("utf-8", "replace")
     except OSError:

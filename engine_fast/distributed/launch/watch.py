@@ -9,18 +9,28 @@ from typing import Any
 
 from engine_fast.distributed.launch.attempt import Attempt, End, Spec, read_json
 
-START_SECONDS = 300.0
-"""From the start of the transport until a rank's guard must have shown itself."""
-CONTACT_SECONDS = 30.0
-"""Silence of a guard after which its host counts as lost."""
-STOPPED_SECONDS = 5.0
-"""How long a rank may be held by SIGSTOP."""
 _PEERS = re.compile(
     r"(?i)connection (was )?(closed|reset|refused|aborted)|broken pipe|DistBackendError|DistNetworkError|DistStoreError"
     r"|timed out|timeout|NCCL|Gloo|peer"
 )
 """In an exception: it may be the echo of another rank's end."""
 _PDSH = re.compile(r"^pdsh@[^:]*: ([^:]+): ssh exited with exit code (\d+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds of patience."""
+
+    hang: float
+    """Without progress."""
+    start: float = 300.0
+    """From the start of the transport until a rank's guard has shown itself, and then until the rank's first sign."""
+    contact: float = 30.0
+    """Without a sign of a guard: then its host counts as lost."""
+    stopped: float = 5.0
+    """Of a rank that is held by SIGSTOP."""
+    alone: float = 1800.0
+    """Without progress while others get on: so long may a rank wait for another, as torch's own collectives do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +71,7 @@ class Watch:
 
     attempt: Attempt
     spec: Spec
-    hang_seconds: float
+    limits: Limits
     started: float
     """By the monotonic clock."""
     ranks: dict[int, Seen] = field(default_factory=dict)
@@ -132,28 +142,31 @@ class Watch:
         if seen.record is None:
             waited = now - self.started
             why = f"its host did not start it within {waited:.0f} s"
-            return Trouble(rank, "never started", why) if waited > max(START_SECONDS, self.hang_seconds) else None
-        if now - seen.alive_at > CONTACT_SECONDS:
+            return Trouble(rank, "never started", why) if waited > self.limits.start else None
+        if now - seen.alive_at > self.limits.contact:
             return Trouble(rank, "lost", f"no sign of its host for {now - seen.alive_at:.0f} s", dump=True)
-        if seen.stopped_at is not None and now - seen.stopped_at > STOPPED_SECONDS:
+        if seen.stopped_at is not None and now - seen.stopped_at > self.limits.stopped:
             return Trouble(rank, "stopped", "it was stopped by a signal and not continued", dump=True)
         # Until it has spoken for the first time it loads its libraries, which may come from a slow disk.
-        if seen.count <= 0 and now - seen.progress_at > max(START_SECONDS, self.hang_seconds):
+        if seen.count <= 0 and now - seen.progress_at > self.limits.start:
             why = f"no progress for {now - seen.progress_at:.0f} s while it was starting"
             return Trouble(rank, "hung", why, dump=True)
         return None
 
     def _hang(self, now: float) -> Trouble | None:
-        """A rank that waits for another stands still as well: while one gets on, no other hangs.
+        """A rank that waits for another stands still as well: while one gets on, no other is said to hang for long.
 
         Of those that stand, the one that stood first is named: the others went on until they needed it.
         """
         busy = {
             rank: seen for rank, seen in self.ranks.items() if seen.end is None and not seen.patient and seen.count > 0
         }
-        if not busy or now - max(seen.progress_at for seen in busy.values()) <= self.hang_seconds:
+        if not busy:
             return None
         rank = min(busy, key=lambda rank: busy[rank].progress_at)
+        all_stand = now - max(seen.progress_at for seen in busy.values()) > self.limits.hang
+        if not all_stand and now - busy[rank].progress_at <= max(self.limits.hang, self.limits.alone):
+            return None
         why = f"no progress for {now - busy[rank].progress_at:.0f} s at: {busy[rank].what}"
         return Trouble(rank, "hung", why, dump=True)
 
