@@ -30,8 +30,10 @@ def matrix_config() -> RunConfig:
         },
         cmlm={**plain, "data": "references"},
         engine={
-            **plain, "data": "references", "zero_stage": 3, "teacher_precision": "bf16", "max_updates": UPDATES,
-            "checkpoint_every": EVERY, "validate_every": UPDATES // 2, "valid_bleu_sentences": 0,
+            **plain, "data": "references", "zero_stage": 3, "teacher_precision": "bf16",
+            "batch": {**plain["batch"], "micro_batches": 2},  # one for each of two ranks, or both for a rank alone
+            "max_updates": UPDATES, "checkpoint_every": EVERY, "validate_every": UPDATES // 2,
+            "valid_bleu_sentences": 0,
         },
         evaluate={
             "beam": 1, "iterations": [1], "latency_sentences": 0, "bootstrap_samples": 0, "oracle_lengths": False,
