@@ -26,7 +26,7 @@ def main() -> int:
     where = {"ranks": 2} if node is None else {"ranks": 1, "nodes": 2, "node_rank": node, "master": given["master"]}
     flags = Flags(
         out=Path(out), arguments=(out, what), **where, grace_seconds=float(given.get("grace", 4)), backoff=0.2,
-        hang_seconds=2.0, max_restarts=int(given.get("restarts", 0)),
+        max_restarts=int(given.get("restarts", 0)),
     )  # fmt: skip
 
     def start(spec: Spec, attempt: Attempt) -> Command:
@@ -37,7 +37,8 @@ def main() -> int:
     launch = Launch(
         make_plan(flags), lambda text: print(f"launch: {text}", file=sys.stderr, flush=True), dict(os.environ),
         program=(sys.executable, str(HERE / "fake_rank.py")), start=start,
-        limits=Limits(hang=2.0, start=3.0, contact=3.0, stopped=0.5), lost_seconds=3.0,
+        limits=Limits(**{name: float(given.get(name, 60)) for name in ("hang", "start", "contact", "stopped")}),
+        lost_seconds=float(given.get("lost", 4)),
     )  # fmt: skip
     Path(out).mkdir(parents=True, exist_ok=True)
     return Follower(launch).run() if node else launch.run()

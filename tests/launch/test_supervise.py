@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from engine_fast.distributed.launch import processes
-
 HERE = Path(__file__).parent
 FAULTS = {
-    "done": [], "exit7": [], "exception": [], "mistake": ["restarts=2"], "kill": [], "stop": [], "silent": [],
-    "hang": [], "lost": [], "absent": [], "signalled": [], "once": ["restarts=2"], "again": ["restarts=1"],
+    "done": [], "exit7": [], "exception": [], "mistake": ["restarts=2"], "kill": [], "stop": ["stopped=0.5"],
+    "silent": [], "hang": ["hang=2"], "lost": ["contact=3"], "absent": ["start=4"], "signalled": [],
+    "once": ["restarts=2"], "again": ["restarts=1"],
 }  # fmt: skip
 
 
@@ -31,7 +30,7 @@ class Launched:
     said: str = ""
 
     def finish(self) -> int:
-        _, self.said = self.process.communicate(timeout=90)
+        _, self.said = self.process.communicate(timeout=120)
         return self.process.returncode
 
     def attempt(self, number: int = 0) -> Path:
@@ -60,7 +59,7 @@ def start(out: Path, what: str, *given: str) -> Launched:
 
 def left_of(out: Path) -> list[str]:
     """Command lines of living processes that name this directory, or carry it in their environment."""
-    marks = (str(out).encode(),)
+    mark = str(out).encode()
     found = []
     for path in Path("/proc").iterdir():
         if path.name.isdecimal() and int(path.name) != os.getpid():
@@ -68,20 +67,122 @@ def left_of(out: Path) -> list[str]:
                 text = (path / "cmdline").read_bytes() + (path / "environ").read_bytes()
             except OSError:
                 continue
-            if any(mark in text for mark in marks):
+            if mark in text:
                 found.append((path / "cmdline").read_text())
     return found
 
 
+def running(out: Path, *given: str, what: str = "work") -> Launched:
+    """A launch whose ranks are at work."""
+    one = start(out, what, *given)
+    limit = time.monotonic() + 60
+    while not all(_beat(one, rank).get("count", 0) > 5 for rank in (0, 1)):
+        assert one.process.poll() is None, one.process.stderr.read()
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    return one
+
+
+def _beat(one: Launched, rank: int) -> dict:
+    try:
+        return json.loads((one.attempt() / f"rank-{rank:05d}.beat").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def signal_launcher(out: Path, number: int) -> Launched:
+    one = running(out)
+    one.process.send_signal(number)
+    one.finish()
+    return one
+
+
+def signal_twice(out: Path) -> Launched:
+    one = running(out, "grace=60", what="deaf")
+    one.process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert one.process.poll() is None
+    one.process.send_signal(signal.SIGINT)
+    one.finish()
+    return one
+
+
+def outlast_grace(out: Path) -> Launched:
+    one = running(out, "grace=1", what="deaf")
+    one.process.send_signal(signal.SIGTERM)
+    one.finish()
+    return one
+
+
+def kill_launcher(out: Path) -> Launched:
+    one = running(out)
+    one.process.kill()
+    one.process.wait()
+    limit = time.monotonic() + 60
+    while left_of(out) and time.monotonic() < limit:
+        time.sleep(0.1)
+    return one
+
+
+def kill_launcher_and_start_again(out: Path) -> Launched:
+    """With a rank that cannot end by itself."""
+    one = running(out, "lost=600")
+    os.kill(one.pids()[1], signal.SIGSTOP)
+    one.process.kill()
+    again = start(out, "done")
+    again.finish()
+    return again
+
+
+def kill_transport(out: Path) -> Launched:
+    one = running(out)
+    for path in Path("/proc").iterdir():
+        if path.name.isdecimal() and _is_transport(path, one.process.pid):
+            os.kill(int(path.name), signal.SIGKILL)
+    one.finish()
+    return one
+
+
+def _is_transport(path: Path, parent: int) -> bool:
+    try:
+        status = (path / "status").read_text()
+        return b"fake_transport" in (path / "cmdline").read_bytes() and f"PPid:\t{parent}\n" in status
+    except OSError:
+        return False
+
+
+def start_second(out: Path) -> Launched:
+    one = running(out)
+    second = start(out, "done")
+    second.finish()
+    one.process.send_signal(signal.SIGTERM)
+    one.finish()
+    return second
+
+
+SCENARIOS = {
+    "sigint": lambda out: signal_launcher(out, signal.SIGINT),
+    "sigterm": lambda out: signal_launcher(out, signal.SIGTERM),
+    "twice": signal_twice,
+    "grace": outlast_grace,
+    "killed": kill_launcher,
+    "again after kill": kill_launcher_and_start_again,
+    "transport": kill_transport,
+    "second": start_second,
+}
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Launched]]:
-    """Every fault, all at once: they mostly wait."""
+    """Everything at once: these processes mostly wait."""
     root = tmp_path_factory.mktemp("faults")
     running = {what: start(root / what, what, *given) for what, given in FAULTS.items()}
     try:
-        for one in running.values():
-            one.finish()
-        yield running
+        with ThreadPoolExecutor(len(SCENARIOS)) as pool:
+            scenarios = {name: pool.submit(body, root / name.replace(" ", "-")) for name, body in SCENARIOS.items()}
+            for one in running.values():
+                one.finish()
+        yield {**running, **{name: future.result() for name, future in scenarios.items()}}
     finally:
         for one in running.values():
             one.process.kill()
@@ -161,100 +262,60 @@ def test_restarts_end(launched):
     assert [attempt["first_failure"]["kind"] for attempt in one.summary["attempts"]] == ["exit", "exit"]
 
 
-def running(out: Path, what: str = "work", *given: str) -> Launched:
-    """A launch whose ranks are at work."""
-    one = start(out, what, *given)
-    limit = time.monotonic() + 30
-    while not all((beat := _beat(one, rank)) and beat.get("count", 0) > 5 for rank in (0, 1)):
-        assert one.process.poll() is None, one.process.stderr.read()
-        assert time.monotonic() < limit
-        time.sleep(0.05)
-    return one
-
-
-def _beat(one: Launched, rank: int) -> dict:
-    try:
-        return json.loads((one.attempt() / f"rank-{rank:05d}.beat").read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_launcher_reaches_the_ranks(tmp_path, number):
-    one = running(tmp_path / "run")
-    one.process.send_signal(number)
-    assert one.finish() == 130, one.said
+@pytest.mark.parametrize("which", ["sigint", "sigterm"])
+def test_a_signal_to_the_launcher_reaches_the_ranks(launched, which):
+    one = launched[which]
+    assert one.process.returncode == 130, one.said
     assert "all ranks have saved. The same command continues." in one.said
     assert {(end["code"], end["kind"]) for end in one.ends().values()} == {(130, "interrupted")}
     assert json.loads((one.attempt() / "stop.json").read_text())["action"] == "save"
     assert left_of(one.out) == []
 
 
-def test_a_second_signal_stops_at_once_and_grace_ends(tmp_path):
-    deaf, slow = running(tmp_path / "deaf", "deaf", "grace=60"), running(tmp_path / "slow", "deaf", "grace=1")
-    slow.process.send_signal(signal.SIGTERM)
-    deaf.process.send_signal(signal.SIGINT)
-    time.sleep(1)
-    assert deaf.process.poll() is None
-    deaf.process.send_signal(signal.SIGINT)
-    assert (deaf.finish(), slow.finish()) == (130, 130)
-    assert "stopping at once" in deaf.said
-    assert "0 of 2 ranks saved by themselves" in deaf.said
-    assert {end["kind"] for end in deaf.ends().values()} == {"ended"}
-    assert "it did not end within 1 s of being asked to" in slow.ends()[0]["error"]
-    assert "most recent call first" in (slow.attempt() / "rank-00001.log").read_text()
-    assert left_of(tmp_path) == []
+def test_a_second_signal_stops_at_once(launched):
+    one = launched["twice"]
+    assert one.process.returncode == 130, one.said
+    assert "stopping at once" in one.said
+    assert "0 of 2 ranks saved by themselves" in one.said
+    assert {end["kind"] for end in one.ends().values()} == {"ended"}
+    assert left_of(one.out) == []
 
 
-def test_a_killed_launcher_leaves_nothing_and_the_next_one_goes_on(tmp_path):
-    one = running(tmp_path / "run")
-    one.process.kill()
-    one.process.wait()
-    limit = time.monotonic() + 20
-    while left_of(one.out):
-        assert time.monotonic() < limit, left_of(one.out)
-        time.sleep(0.1)
+def test_grace_ends(launched):
+    one = launched["grace"]
+    assert one.process.returncode == 130, one.said
+    assert "it did not end within 1 s of being asked to" in one.ends()[0]["error"]
+    assert "most recent call first" in (one.attempt() / "rank-00001.log").read_text()
+    assert left_of(one.out) == []
+
+
+def test_ranks_of_a_killed_launcher_save_and_end(launched):
+    one = launched["killed"]
+    assert left_of(one.out) == []
     assert {end["code"] for end in one.ends().values()} == {130}
 
-    held = running(tmp_path / "held")
-    pid = held.pids()[1]
-    os.kill(pid, signal.SIGSTOP)
-    held.process.kill()
-    again = start(held.out, "done")
-    assert again.finish() == 0, again.said
+
+def test_the_next_launcher_clears_what_a_killed_one_left(launched):
+    again = launched["again after kill"]
+    assert again.process.returncode == 0, again.said
     assert "attempt 0 was left by a launcher that was killed" in again.said
-    assert held.attempt(1).exists()
-    assert not processes.process(pid) or not processes.process(pid).is_alive()
-    assert left_of(held.out) == []
+    assert again.attempt(1).exists()
+    assert again.ends(0)[0]["code"] == 130
+    assert left_of(again.out) == []
 
 
-def test_a_killed_transport_saves_first(tmp_path):
-    one = running(tmp_path / "run")
-    (transport,) = [
-        int(path.name)
-        for path in Path("/proc").iterdir()
-        if path.name.isdecimal() and _is_transport(path, one.process.pid)
-    ]
-    os.kill(transport, signal.SIGKILL)
-    assert one.finish() == 2
+def test_a_killed_transport_saves_first(launched):
+    one = launched["transport"]
+    assert one.process.returncode == 2, one.said
     assert "what starts the ranks ended by signal 9 before they did" in one.said
     assert {end["code"] for end in one.ends().values()} == {130}
     assert left_of(one.out) == []
 
 
-def _is_transport(path: Path, parent: int) -> bool:
-    try:
-        status = (path / "status").read_text()
-        return b"fake_transport" in (path / "cmdline").read_bytes() and f"PPid:\t{parent}\n" in status
-    except OSError:
-        return False
-
-
-def test_one_launcher_at_a_time(tmp_path):
-    one = running(tmp_path / "run")
-    second = start(one.out, "done")
-    second.finish()
+def test_one_launcher_at_a_time(launched):
+    second = launched["second"]
+    assert second.process.returncode == 1  # the command line makes 2 of a ConfigError
+    assert "ConfigError" in second.said
     assert "another `engine-fast launch` works here" in second.said
-    assert re.search(r"ConfigError", second.said)
-    one.process.send_signal(signal.SIGTERM)
-    assert one.finish() == 130
+    assert not second.attempt(1).exists()
+    assert second.ends()[1]["code"] == 130

@@ -15,6 +15,8 @@ from engine_fast.distributed.launch.environment import early
 
 _PACKAGE = "engine_fast.distributed.launch"
 _SSH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+_PINNING = {"openmpi": ("--launcher_args=--bind-to none",)}
+"""mpirun would give each rank, with all its threads, a single core."""
 _KEEP_ALIVE = ("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3")
 
 
@@ -50,7 +52,7 @@ def start_command(spec: Spec, attempt: Attempt, environ: Mapping[str, str], *, n
     argv = [
         spec.python, "-m", f"{_PACKAGE}.runner", f"--hostfile={attempt.hostfile}", f"--launcher={spec.launcher}",
         f"--master_addr={spec.master_addr}", f"--master_port={spec.master_port}", "--force_multi", "--no_ssh_check",
-        "--no_local_rank", "--module", guard, attempt.token,
+        "--no_local_rank", *_PINNING.get(spec.launcher, ()), "--module", guard, attempt.token,
     ]  # fmt: skip
     return Command(tuple(argv), _for_runner(spec, environ), "/")
 
