@@ -32,6 +32,7 @@ from engine_fast.data.corpus import ParallelCorpus
 from engine_fast.data.prepared import Prepared
 from engine_fast.data.shards import ShardWriter
 from engine_fast.decoding.translate import DecodeSettings, Translator
+from engine_fast.distributed.presence import beat
 from engine_fast.errors import CheckpointError, DataError
 from engine_fast.models import LoadedModel, Transformer
 
@@ -110,6 +111,7 @@ def distill(
                 advance(sizes[number])  # another rank's work since the start
                 continue
             sources = [corpus.source(starts[number] + i) for i in range(sizes[number])]
+            beat(f"distill: chunk {number + 1}")
             chunk = _search(Translator(teacher, settings), sources, advance)
             try:
                 _write_chunk(paths[number], chunk)
@@ -211,6 +213,7 @@ def _assemble(
     ):
         index = 0
         for path in paths:
+            beat(f"distill: assembling {path.name}")
             chunk = _read_chunk(path)
             targets = iter(np.split(chunk.tokens, np.cumsum(chunk.lengths)[:-1]))
             for count in chunk.counts.tolist():
@@ -267,4 +270,9 @@ def _progress(total: int, done: int, shown: bool) -> Iterator[Callable[[int], No
     columns = (TextColumn("distill"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
         task = progress.add_task("distill", total=total, completed=done)
-        yield lambda count: progress.advance(task, count)
+
+        def advance(count: int) -> None:
+            beat("distill: translating")
+            progress.advance(task, count)
+
+        yield advance

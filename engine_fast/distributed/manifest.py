@@ -8,6 +8,7 @@ import re
 import zlib
 from pathlib import Path
 
+from engine_fast.distributed.presence import beat
 from engine_fast.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -93,5 +94,6 @@ def _sum(path: Path) -> int:
     checksum = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
+            beat(f"reading {path.name}")
             checksum = zlib.crc32(block, checksum)
     return checksum

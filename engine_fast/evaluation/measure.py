@@ -17,6 +17,7 @@ from engine_fast.data.corpus import ParallelCorpus
 from engine_fast.data.prepared import Prepared
 from engine_fast.data.symbols import EOS
 from engine_fast.distributed import World, require_agreement
+from engine_fast.distributed.presence import patient
 from engine_fast.evaluation.files import write_atomic
 from engine_fast.evaluation.metrics import (
     corpus_bleu,
@@ -58,12 +59,12 @@ def evaluate_systems(
     let the same call, interrupted, go on with the next system.
     Returns the parts of results.json that are measured (systems, references, lengths, signature, split) on rank 0 and
     None on the others, which return earlier: rank 0's last part takes long, wait for it without a collective.
-    Raises: what a rank raises, and DistributedError on the others, or on all when they do not see the same run.
+    Raises: what a rank raises, PeerError on the others, and DistributedError on all when they do not see the same run.
     """
     with world.together():
         bench = _Bench(config, prepared, world, {"teacher": teacher_dir, "cmlm": cmlm_dir, "engine": engine_dir})
     require_agreement(world, bench.shared, "evaluate")
-    reference_energy = bench.mean_energy(bench.reference_ids)
+    reference_energy = bench.mean_energy(bench.reference_ids, "the references")
     with world.together():
         records = Records(directory, bench.inputs)
         found = {}
@@ -80,7 +81,7 @@ def evaluate_systems(
                 say(f"{_progress(found[system.label].row)} (measured before)")
             continue
         ids, seconds = bench.decode(system)
-        energy = bench.mean_energy(ids)
+        energy = bench.mean_energy(ids, system.label)
         with world.together():
             if world.is_main:
                 measured = found[system.label] = bench.measure(system, ids, seconds, energy)
@@ -141,14 +142,20 @@ class _Bench:
         loaded, candidates = self._load(system), max(system.beam, system.length_beam or 1)
         budget = max(1, self._settings.max_tokens // candidates)
         with self._world.together():
-            share = decode_share(loaded.decode, self._corpus, max_tokens=budget, limit=loaded.limit, world=self._world)
+            share = decode_share(
+                loaded.decode, self._corpus,
+                label=system.label, max_tokens=budget, limit=loaded.limit, world=self._world,
+            )  # fmt: skip
         shares = self._world.gather(share)
         return merge([found for found, _ in shares], len(self._corpus)), math.fsum(seconds for _, seconds in shares)
 
-    def mean_energy(self, ids: Sequence[Sequence[int]]) -> float:
+    def mean_energy(self, ids: Sequence[Sequence[int]], label: str) -> float:
         """Mean over the split of E(x, y) in nats; float64, exactly rounded, so that no order of adding matters."""
         with self._world.together():
-            share = score_share(self._judge, self._corpus, ids, max_tokens=self._settings.max_tokens, world=self._world)
+            share = score_share(
+                self._judge, self._corpus, ids,
+                label=label, max_tokens=self._settings.max_tokens, world=self._world,
+            )  # fmt: skip
         return math.fsum(merge(self._world.gather(share), len(ids))) / len(ids)
 
     def measure(self, system: System, ids: list[list[int]], seconds: float, energy: float) -> Measured:
@@ -187,13 +194,14 @@ class _Bench:
         rows = [each.row for each in measured.values()]
         baseline = next((row["label"] for row in rows if row["system"] == "cmlm"), rows[0]["label"])
         if self._settings.bootstrap_samples:
-            bootstraps = paired_bootstrap(
-                baseline,
-                {label: each.text for label, each in measured.items()},
-                self._references,
-                samples=self._settings.bootstrap_samples,
-                tokenize=self._tokenize,
-            )
+            with patient("evaluate: bootstrap"):
+                bootstraps = paired_bootstrap(
+                    baseline,
+                    {label: each.text for label, each in measured.items()},
+                    self._references,
+                    samples=self._settings.bootstrap_samples,
+                    tokenize=self._tokenize,
+                )
             for row in rows:
                 bootstrap = bootstraps[row["label"]]
                 row |= {"bleu_interval": bootstrap.bleu_interval, "p_value": bootstrap.p_value}

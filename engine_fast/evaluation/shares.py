@@ -21,6 +21,7 @@ from engine_fast.data.corpus import ParallelCorpus
 from engine_fast.data.symbols import EOS, PAD
 from engine_fast.decoding.hypothesis import Hypothesis
 from engine_fast.distributed import World
+from engine_fast.distributed.presence import beat
 from engine_fast.energies import discrete_energy
 from engine_fast.evaluation.systems import Decode
 from engine_fast.models import Transformer
@@ -52,13 +53,14 @@ def merge(parts: Sequence[Mapping[int, T]], count: int) -> list[T]:
 
 
 def decode_share(
-    decode: Decode, corpus: ParallelCorpus, *, max_tokens: int, limit: int, world: World
+    decode: Decode, corpus: ParallelCorpus, *, label: str, max_tokens: int, limit: int, world: World
 ) -> tuple[dict[int, list[int]], float]:
     """Sentence -> ids of its translation, and the seconds that decoding took on this rank: length prediction and
     reranking included, text processing and the collation of batches not. `limit`: positions of the model."""
     found: dict[int, list[int]] = {}
     seconds = 0.0
     for number, indices in enumerate(deal(token_batches(corpus.source_lengths.tolist(), max_tokens), world)):
+        beat(f"evaluate: {label} translates batch {number + 1}")
         source_BS, lengths_B = _inputs(corpus, indices, limit, world.device)
         if number == 0:
             decode(source_BS[:1], lengths_B[:1])  # first-call costs belong to no system
@@ -70,13 +72,20 @@ def decode_share(
 
 @torch.no_grad()
 def score_share(
-    judge: Transformer, corpus: ParallelCorpus, ids: Sequence[Sequence[int]], *, max_tokens: int, world: World
+    judge: Transformer,
+    corpus: ParallelCorpus,
+    ids: Sequence[Sequence[int]],
+    *,
+    label: str,
+    max_tokens: int,
+    world: World,
 ) -> dict[int, float]:
     """Sentence -> E(x, y) = -log p(y | x) in nats; y as the decoder left it. `ids` are those of the whole split."""
     longest = [max(len(tokens), int(source)) for tokens, source in zip(ids, corpus.source_lengths, strict=True)]
     limit = judge.architecture.max_positions
     found: dict[int, float] = {}
     for indices in deal(token_batches(longest, max_tokens), world):
+        beat(f"evaluate: energies of {label}")
         source_BS, _ = _inputs(corpus, indices, limit, world.device)
         target_BT = torch.full((len(indices), max(len(ids[i]) for i in indices)), PAD)
         for row, index in enumerate(indices.tolist()):
@@ -96,6 +105,7 @@ def latency(
     times = []
     chosen = np.linspace(0, len(corpus) - 1, count).astype(np.int64)
     for index in (chosen[0], *chosen):
+        beat("evaluate: one sentence alone")
         source_BS, lengths_B = _inputs(corpus, np.array([index]), limit, device)
         times.append(_timed(decode, source_BS, lengths_B)[1])
     return 1000 * statistics.median(times[1:])  # the first was there to be warm

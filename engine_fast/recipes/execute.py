@@ -12,7 +12,8 @@ from typing import Any
 
 from engine_fast.data.atomic import is_held
 from engine_fast.distributed import World
-from engine_fast.errors import CheckpointError, DistributedError, EngineFastError
+from engine_fast.distributed.presence import beat, patient
+from engine_fast.errors import CheckpointError, EngineFastError, PeerError
 from engine_fast.evaluation.files import write_json
 from engine_fast.recipes.graph import (
     Plan,
@@ -87,7 +88,12 @@ def _lead(stage: Stage, directory: Path, plan: Plan, attempt: str, say: Say, *, 
     clock = StageClock(directory)
     try:
         try:
-            stage.run(directory)
+            if stage.every_rank:
+                beat(f"stage {stage.name}")
+                stage.run(directory)
+            else:
+                with patient(f"stage {stage.name}"):
+                    stage.run(directory)
         finally:
             seconds = clock.stop()
         finish(stage, directory, plan, seconds)
@@ -105,12 +111,18 @@ def _follow(stage: Stage, directory: Path, plan: Plan, attempt: str) -> None:
     """Another rank's part: its share of the stage, then wait until rank 0 has written the record.
 
     On the file system, because a collective would time out in a long stage.
-    Raises DistributedError: rank 0 failed, or is gone. KeyboardInterrupt: it was interrupted.
+    Raises PeerError: rank 0 failed, or is gone. KeyboardInterrupt: it was interrupted.
     """
     # right after a collective rank 0 lives, so a lock that is not seen now will say nothing later
     watched = is_held(directory.parent)
     if stage.every_rank:
+        beat(f"stage {stage.name}")
         stage.run(directory)
+    with patient(f"waiting for rank 0 in stage {stage.name}"):
+        _await_record(stage, directory, plan, attempt, watched=watched)
+
+
+def _await_record(stage: Stage, directory: Path, plan: Plan, attempt: str, *, watched: bool) -> None:
     start = checked = time.monotonic()
     while True:
         gone = False
@@ -120,10 +132,10 @@ def _follow(stage: Stage, directory: Path, plan: Plan, attempt: str) -> None:
             return
         failure = read_json(directory / _FAILURE) or {}
         if failure.get("attempt") == attempt:
-            kind = KeyboardInterrupt if failure["interrupted"] else DistributedError
+            kind = KeyboardInterrupt if failure["interrupted"] else PeerError
             raise kind(f"stage {stage.name} ended on rank 0: {failure['error']}")
         if gone:
-            raise DistributedError(
+            raise PeerError(
                 f"stage {stage.name}: rank 0 is gone without a word, as after kill -9. The same command continues."
             )
         # hundreds of ranks may ask one file server: seldom in a long stage, often in a short one

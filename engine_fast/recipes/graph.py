@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine_fast import __version__
+from engine_fast.distributed.presence import beat
 from engine_fast.evaluation.files import write_json
 
 FORMAT = 1
@@ -126,6 +127,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 def hash_file(path: Path) -> str:
     """sha256 of the file's bytes, read in blocks."""
+    beat(f"hashing {path.name}")
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

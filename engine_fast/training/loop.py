@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine_fast.config import RunConfig, TrainConfig
 from engine_fast.distributed import CheckpointStore, Engine, StepResult, World, require_agreement
+from engine_fast.distributed.presence import beat
 from engine_fast.errors import CheckpointError, DivergenceError
 from engine_fast.training.averaging import ExponentialAverage
 from engine_fast.training.checkpoints import Checkpoints, Progress
@@ -105,12 +106,14 @@ class Trainer:
         self._engine.prepare([batch for batch, _ in feed.batches])
         for turn, (batch, weight) in enumerate(feed.batches):
             number = turn * self._world.size + self._world.rank
+            beat(f"{self.stage}: update {progress.update + 1}, micro-batch {number + 1}")
             # The last part once was the rank; as a constant it keeps what one process draws.
             seed_torch(self.run_config.seed, self.stage, progress.update, number, 0)
             stats = self._engine.backward(batch, num_target_tokens=feed.num_target_tokens, weight=weight)
             self._sums.add(stats if weight else {name: value * weight for name, value in stats.items()})
         if progress.update + 1 < self.config.max_updates:
             self._feeder.prefetch()
+        beat(f"{self.stage}: update {progress.update + 1}, step")
         result = self._engine.step(lr)
         self._check(result)
         if self._average is not None and result.applied:
@@ -231,11 +234,13 @@ class Trainer:
     # ------------------------------------------------------------ checkpoints
 
     def _save(self) -> None:
+        beat(f"{self.stage}: saving update {self.progress.update}")
         self._checkpoints.save(self.progress, self._sums)
         if self._log is not None:
             self._log.sync()
 
     def _resume(self) -> None:
+        beat(f"{self.stage}: looking for a checkpoint")
         progress = self._checkpoints.resume(self._sums)
         if progress is not None:
             self.progress = progress

@@ -20,6 +20,7 @@ from engine_fast.data.prepared import Prepared
 from engine_fast.data.shards import MANIFEST
 from engine_fast.decoding import greedy, mask_predict
 from engine_fast.distributed import Engine, World, require_agreement, shard_frozen, start
+from engine_fast.distributed.presence import beat
 from engine_fast.errors import CheckpointError, VocabularyError, require
 from engine_fast.models import CMLM, Transformer, freeze, load_model, save_model
 from engine_fast.models.store import LoadedModel, copy_matching
@@ -151,6 +152,7 @@ class _Job:
         require_agreement(world, self._facts(inputs), f"{self.stage}, at its start")
         changes = world.on_main(lambda: place.begin(self.config, self.settings, inputs=inputs, world_size=world.size))
         with catching_signals() as stop:
+            beat(f"{self.stage}: building the model")
             model, objective_of = self.build(world)
             model.activation_checkpointing = self.settings.activation_checkpointing
             limits = model.architecture

@@ -8,7 +8,7 @@ import torch
 from engine_fast.config import RuntimeConfig
 from engine_fast.distributed import start
 from engine_fast.distributed.runtime import World
-from engine_fast.errors import CheckpointError, ConfigError, DistributedError
+from engine_fast.errors import CheckpointError, ConfigError, PeerError
 
 from .threads import run_ranks
 
@@ -57,7 +57,7 @@ def test_what_one_rank_raises_all_raise(error):
     first, second, third = run_ranks(3, alone)
     assert second is error
     for other in (first, third):
-        assert type(other) is DistributedError
+        assert type(other) is PeerError
         assert "rank 1 failed" in str(other)
         assert "no room" in str(other)
 
@@ -80,7 +80,7 @@ def test_what_rank_0_raises_all_raise():
     assert type(first) is type(second) is CheckpointError
     first, second = run_ranks(2, lambda world: world.on_main(full))
     assert type(first) is OSError
-    assert type(second) is DistributedError
+    assert type(second) is PeerError
     assert "rank 0 failed" in str(second)
     assert "full" in str(second)
 

@@ -13,7 +13,7 @@ import pytest
 from engine_fast.config import RunConfig
 from engine_fast.data.prepare import Prepared, prepare
 from engine_fast.distributed import World
-from engine_fast.errors import DistributedError
+from engine_fast.errors import DistributedError, PeerError
 from engine_fast.evaluation import measure
 from engine_fast.evaluation.measure import evaluate_systems
 from engine_fast.models import CMLM, Transformer, save_model
@@ -178,7 +178,7 @@ def test_an_error_of_one_rank_reaches_all(
     outcomes = trained.on(2, tmp_path)
     assert error in outcomes
     [other] = [each for each in outcomes if each is not error]
-    assert type(other) is DistributedError
+    assert type(other) is PeerError
     assert "failed, and the others stop with it: RuntimeError: out of memory" in str(other)
 
 
@@ -187,7 +187,7 @@ def test_a_full_disk_on_rank_0_reaches_all(trained: Trained, tmp_path: Path, mon
     monkeypatch.setattr(measure.Records, "store", failing(measure.Records.store, lambda *_: True, full))
     first, second = trained.on(2, tmp_path)
     assert first is full
-    assert type(second) is DistributedError
+    assert type(second) is PeerError
     assert "No space left" in str(second)
 
 

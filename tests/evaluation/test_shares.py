@@ -78,10 +78,12 @@ def test_shares_add_up_to_what_one_rank_finds(corpus: ParallelCorpus, ranks: int
 
     def all_of(size: int) -> tuple[list[list[int]], list[float]]:
         worlds = [World(rank, size, CPU) for rank in range(size)]
-        shares = [decode_share(decode, corpus, max_tokens=40, limit=LIMIT, world=world) for world in worlds]
+        shares = [
+            decode_share(decode, corpus, label="teacher", max_tokens=40, limit=LIMIT, world=world) for world in worlds
+        ]
         assert all((seconds > 0) == bool(found) for found, seconds in shares)
         ids = merge([found for found, _ in shares], len(corpus))
-        energies = [score_share(teacher, corpus, ids, max_tokens=60, world=world) for world in worlds]
+        energies = [score_share(teacher, corpus, ids, label="teacher", max_tokens=60, world=world) for world in worlds]
         return ids, merge(energies, len(corpus))
 
     ids, energies = all_of(1)
@@ -105,7 +107,7 @@ def test_first_calls_and_one_by_one_times(corpus: ParallelCorpus) -> None:
         return [Hypothesis([EOS], 0.0, 0.0) for _ in source_BS]
 
     world = World(1, 2, CPU)
-    found, seconds = decode_share(decode, corpus, max_tokens=40, limit=LIMIT, world=world)
+    found, seconds = decode_share(decode, corpus, label="teacher", max_tokens=40, limit=LIMIT, world=world)
     batches = token_batches(corpus.source_lengths.tolist(), 40)[1::2]
     assert sorted(found) == sorted(int(i) for batch in batches for i in batch)
     assert [shape[0] for shape in calls] == [1, *map(len, batches)]

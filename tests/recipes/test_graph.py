@@ -20,7 +20,7 @@ import torch
 
 from engine_fast.data.atomic import only_one
 from engine_fast.distributed import World
-from engine_fast.errors import CheckpointError, DistributedError
+from engine_fast.errors import CheckpointError, PeerError
 from engine_fast.recipes import execute
 from engine_fast.recipes.execute import run_graph
 from engine_fast.recipes.graph import Stage
@@ -239,7 +239,7 @@ def test_the_end_of_rank_0_in_a_stage_is_the_end_of_all(tmp_path: Path, error: B
 
     first, second = go_together(tmp_path, body, every_rank=every_rank)
     assert first is error
-    assert type(second) is (KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else DistributedError)
+    assert type(second) is (KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else PeerError)
     assert "stage lines ended on rank 0" in str(second)
     assert str(error) in str(second)
     assert go_together(tmp_path, no_work, every_rank=every_rank) == [None, None]  # an old failure is no failure
@@ -265,7 +265,7 @@ def test_rank_0_failing_before_a_stage_reaches_all(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(execute, step, full)
     first, second = go_together(tmp_path, no_work)
     assert type(first) is OSError
-    assert type(second) is DistributedError
+    assert type(second) is PeerError
     assert "No space left" in str(second)
 
 
@@ -293,5 +293,5 @@ def test_a_follower_notices_that_rank_0_was_killed(tmp_path: Path, monkeypatch: 
             ended.set()
 
     _, second = run_ranks(2, rank)
-    assert type(second) is DistributedError
+    assert type(second) is PeerError
     assert "rank 0 is gone without a word" in str(second)
