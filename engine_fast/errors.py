@@ -30,6 +30,10 @@ class DivergenceError(EngineFastError):
     """Training produced a value that is not finite."""
 
 
+class DistributedError(EngineFastError):
+    """The processes of a run do not fit together, or have lost one another."""
+
+
 class BuildError(EngineFastError):
     """The compiled extension is missing, broken or not usable on this machine."""
 

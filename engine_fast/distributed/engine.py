@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import math
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine_fast.config import OptimConfig, TrainConfig
+from engine_fast.distributed.quiet import quiet
 from engine_fast.distributed.runtime import World
 from engine_fast.distributed.settings import deepspeed_config
 from engine_fast.errors import CheckpointError, ConfigError
@@ -65,6 +63,7 @@ class Engine:
         if config.precision == "fp16" and world.device.type == "cpu":
             raise ConfigError("precision = 'fp16', expected bf16 or fp32 on a CPU. Set precision to bf16.")
         self.world, self.trained, self.stage = world, trained, config.effective_zero_stage
+        self._objective = objective
         self.num_parameters = sum(parameter.numel() for parameter in trained.parameters())
         # A copy that stays whole: the live weights are sharded (stage 3) or not the ones to be judged (EMA).
         self._shadow = copy.deepcopy(trained) if self.stage == 3 or config.ema_decay else None
@@ -72,7 +71,7 @@ class Engine:
         parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         import deepspeed
 
-        with _quiet():
+        with quiet():
             try:
                 self._engine, *_ = deepspeed.initialize(
                     model=_Plain(objective),
@@ -95,6 +94,12 @@ class Engine:
 
     def eval(self) -> None:
         self._engine.eval()
+
+    def prepare(self, batches: Sequence[Any]) -> None:
+        """Let the objective do once what it can for all micro-batches of an update."""
+        prepare = getattr(self._objective, "prepare", None)
+        if prepare is not None:
+            prepare(batches)
 
     def backward(self, batch: Any, *, num_target_tokens: int, weight: float = 1.0) -> dict[str, Tensor]:
         """Add the gradients of weight * total / num_target_tokens; returns the objective's sums.
@@ -162,13 +167,13 @@ class Engine:
 
     def save(self, directory: Path) -> None:
         """Write DeepSpeed's own files: optimiser state and weights of every rank, for `load`."""
-        with _quiet():
+        with quiet():
             self._engine.save_checkpoint(str(directory), tag="deepspeed", save_latest=False)
 
     def load(self, directory: Path) -> None:
         """Continue from `save`. Raises CheckpointError if DeepSpeed cannot read it."""
         try:
-            with _quiet():
+            with quiet():
                 path, _ = self._engine.load_checkpoint(str(directory), tag="deepspeed")
         except (OSError, RuntimeError, KeyError, ValueError, AssertionError, EOFError) as error:
             raise CheckpointError(f"{directory}: DeepSpeed cannot load it ({error}).") from error
@@ -186,14 +191,6 @@ class Engine:
                 parameter.grad = None  # Adam leaves a parameter without a gradient alone
         elif self._clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed prints its progress to standard output, which belongs to the user."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:

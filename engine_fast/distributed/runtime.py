@@ -44,6 +44,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        """Maximum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""
         if self.size == 1:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine_fast.config import RunConfig, TrainConfig
-from engine_fast.distributed import CheckpointStore, Engine, StepResult, World
+from engine_fast.distributed import CheckpointStore, Engine, StepResult, World, require_agreement
 from engine_fast.distributed.checkpoint import WEIGHTS, best_name, update_name, verify
 from engine_fast.errors import CheckpointError, DivergenceError
 from engine_fast.training.averaging import ExponentialAverage, mean_of
@@ -116,6 +116,8 @@ class Trainer:
         started, progress = time.monotonic(), self.progress
         lr = learning_rate(self.config.optim, progress.update, self.config.max_updates)
         feed = self._feeder.take()
+        require_agreement(self._world, self._facts(feed, lr), f"{self.stage}, update {progress.update + 1}")
+        self._engine.prepare([batch for batch, _ in feed.batches])
         for number, (batch, weight) in enumerate(feed.batches):
             seed_torch(self.run_config.seed, self.stage, progress.update, number, self._world.rank)
             stats = self._engine.backward(batch, num_target_tokens=feed.num_target_tokens, weight=weight)
@@ -134,6 +136,19 @@ class Trainer:
         self._reporter.advance(progress.update)
         if progress.update % self.config.log_every == 0 or self._out_of_data():
             self._write_line(feed, lr, result)
+
+    def _facts(self, feed: Feed, lr: float) -> dict[str, str | int | float | None]:
+        """What every rank must have in common at an update, or the next collective pairs different things."""
+        return {
+            "update": self.progress.update,
+            "seed": self.run_config.seed,
+            "epoch": feed.epoch,
+            "next micro-batch": feed.next_offset,
+            "micro-batches": len(feed.batches),
+            "target tokens": feed.num_target_tokens,
+            "sentences of the update": feed.digest,
+            "learning rate": lr,
+        }
 
     def _check(self, result: StepResult) -> None:
         """Nothing that is not finite goes on; fp16 alone may skip an update while its loss scale settles."""

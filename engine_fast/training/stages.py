@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine_fast import __version__, ops
 from engine_fast.config import Architecture, RunConfig, TrainConfig
 from engine_fast.data.corpus import ParallelCorpus
 from engine_fast.data.prepared import Prepared
 from engine_fast.data.shards import MANIFEST
 from engine_fast.decoding import greedy, mask_predict
-from engine_fast.distributed import Engine, World, start
+from engine_fast.distributed import Engine, World, require_agreement, shard_frozen, start
 from engine_fast.errors import CheckpointError, VocabularyError, require
 from engine_fast.models import CMLM, Transformer, freeze, load_model, save_model
 from engine_fast.models.store import LoadedModel, copy_matching
@@ -110,7 +112,13 @@ def train_engine(
         teacher = cast(Transformer, _load(teacher_dir, "transformer", prepared).model).to(world.device)
         freeze(teacher, dtype=_DTYPES[precision], dropout=config.engine.teacher_dropout)
         teacher.activation_checkpointing = config.engine.teacher_checkpointing
-        return student, lambda module: EngineObjective(cast(CMLM, module), teacher, config.engine)
+        within = None
+        if config.engine.teacher_placement == "sharded":
+            within = shard_frozen(teacher, extra=config.deepspeed)
+            teacher.train(config.engine.teacher_dropout)  # DeepSpeed has put it in training mode
+        if config.engine.teacher_compile:
+            teacher.compile_stacks()
+        return student, lambda module: EngineObjective(cast(CMLM, module), teacher, config.engine, within=within)
 
     models = {"teacher": teacher_dir, "cmlm": cmlm_dir}
     _Job("engine", config, config.engine, prepared, (corpus, valid_corpus), build, _one_pass, models=models).run(
@@ -139,6 +147,7 @@ class _Job:
         if place.is_finished(self.settings, seed=self.config.seed, inputs=inputs):
             return
         world = start(self.config.runtime)
+        require_agreement(world, self._facts(inputs), f"{self.stage}, at its start")
         changes = world.on_main(lambda: place.begin(self.config, self.settings, inputs=inputs, world_size=world.size))
         with catching_signals() as stop:
             model, objective_of = self.build(world)
@@ -147,6 +156,8 @@ class _Job:
             corpus, num_dropped = self._fitting(self.corpora[0], "training corpus", limits)
             valid, num_invalid = self._fitting(self.corpora[1], "dev set", limits)
             engine = Engine(objective_of(model), model, self.settings, extra=self.config.deepspeed, world=world)
+            if self.settings.compile:  # not before: the engine may have copied the model
+                model.compile_stacks()
             trainer = Trainer(
                 self.stage, self.settings, self.config, directory, engine=engine, world=world, stop=stop,
                 feeder=Feeder(corpus, self.settings.batch, seed=derive(self.config.seed, self.stage), world=world),
@@ -188,6 +199,16 @@ class _Job:
         for name, path in self.models.items():
             inputs[f"{name} model"] = _hash_file(_model_directory(path) / "model.safetensors")
         return inputs
+
+    def _facts(self, inputs: dict[str, str]) -> dict[str, str]:
+        """What every rank must have in common before the first update."""
+        settings = {
+            "seed": self.config.seed,
+            **self.settings.model_dump(mode="json"),
+            "deepspeed": self.config.deepspeed,
+        }
+        versions = {"engine_fast": __version__, "torch": torch.__version__, "operators": ops.implementation()}
+        return versions | inputs | {f"{self.stage}.{name}": json.dumps(value) for name, value in settings.items()}
 
     def _fitting(self, corpus: ParallelCorpus, what: str, limits: Architecture) -> Any:
         return fitting(corpus, limits, what=what, has_length_classes=self.stage != "teacher")

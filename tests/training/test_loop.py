@@ -134,6 +134,7 @@ def test_accumulation_equals_one_large_batch(teach, monkeypatch):
             feed.next_offset,
             ((self._corpus.collate(chosen), 1.0),),
             feed.num_target_tokens,
+            feed.digest,
         )
 
     monkeypatch.setattr(loop.Feeder, "take", joined)
