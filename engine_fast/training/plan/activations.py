@@ -8,6 +8,7 @@ tests/training/test_plan_activations.py compares the sums with what torch.autogr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -65,10 +66,9 @@ def masked_rows(shape: Shape) -> int:
     """Rows the CMLM predicts: 1..T of each sentence, uniformly. Mean B (T + 1) / 2; here three deviations more."""
     if shape.masked is not None:
         return shape.masked
-    mean, deviation = (shape.target + 1) / 2, (shape.target**2 - 1) ** 0.5 / 12**0.5
-    return min(
-        shape.sentences * shape.target, round(shape.sentences * mean + 3 * deviation * shape.sentences**0.5)
-    )
+    mean, deviation = (shape.target + 1) / 2, math.sqrt((shape.target**2 - 1) / 12)
+    likely = shape.sentences * mean + 3 * deviation * math.sqrt(shape.sentences)
+    return min(shape.sentences * shape.target, round(likely))
 
 
 def stack(
@@ -162,7 +162,9 @@ def _attention(
         saved += 4 * shape.sentences * heads * queries + a * shape.sentences * keys
         backward = (7 * row if not cross else 3 * row + 4 * memory) * a
         forward = 3 * row * a
-    return Block("attention to the source" if cross else "self-attention", saved=saved, forward=forward, backward=backward)
+    return Block(
+        "attention to the source" if cross else "self-attention", saved=saved, forward=forward, backward=backward
+    )
 
 
 def _feed_forward(architecture: Architecture, numerics: Numerics, tokens: int) -> Block:

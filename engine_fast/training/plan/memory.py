@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from engine_fast.config import Architecture, RunConfig, TrainConfig
 from engine_fast.errors import require
 from engine_fast.training.plan.activations import Block, Shape
-from engine_fast.training.plan.sizes import Sizes, sizes_of
+from engine_fast.training.plan.sizes import sizes_of
 from engine_fast.training.plan.tape import BYTES, cmlm_tape, engine_tape, teacher_tape
-from engine_fast.training.plan.zero import Bytes, Zero
+from engine_fast.training.plan.zero import DEFAULTS, Bytes, Zero
 
 Stage = Literal["teacher", "cmlm", "engine"]
 Device = Literal["cpu", "cuda"]
@@ -82,8 +82,10 @@ def plan_memory(
 
 def architecture_of(run: RunConfig, stage: Stage) -> Architecture:
     """Of the trained model; the engine stage's student has the CMLM's but for its dropout."""
-    if stage != "engine" or "architecture" not in run.engine.model_fields_set:
-        return run.cmlm.architecture if stage == "engine" else getattr(run, stage).architecture  # type: ignore[no-any-return]
+    if stage == "teacher":
+        return run.teacher.architecture
+    if stage == "cmlm" or "architecture" not in run.engine.model_fields_set:
+        return run.cmlm.architecture
     asked = run.engine.architecture
     given = asked.model_fields_set & {"dropout", "attention_dropout", "activation_dropout"}
     return run.cmlm.architecture.model_copy(update={name: getattr(asked, name) for name in given})
@@ -93,7 +95,9 @@ def largest_shapes(run: RunConfig, stage: Stage) -> list[Shape]:
     """The micro-batches among which the largest is: the longest sentences that filters, positions and budget allow, and
     short ones, B max(S, T) <= max_tokens."""
     batch = getattr(run, stage).batch
-    longest = min(run.data.filters.max_tokens, architecture_of(run, stage).max_positions - (stage != "teacher"), batch.max_tokens)
+    longest = min(
+        run.data.filters.max_tokens, architecture_of(run, stage).max_positions - (stage != "teacher"), batch.max_tokens
+    )
     shapes = []
     for length in sorted({longest, *(part for part in (8, 16, 32, 64) if part < longest)}):
         sentences = min(batch.max_tokens // length, batch.max_sentences or batch.max_tokens)
@@ -116,6 +120,8 @@ def _plan(
     held, host = zero.held()
     if stage == "engine":
         held["teacher"] = _teacher(run, words, ranks)
+        if run.engine.teacher_placement == "replicated":  # encoded once an update, for all its micro-batches
+            held["activations"] = settings.batch.accumulate * _states(run, shape)
     accumulated = settings.batch.accumulate > 1
     peaks = _walk(tape, zero, held, accumulated)
     peaks["step"] = held + zero.stepping()
@@ -158,8 +164,20 @@ def _walk(tape: list[Block], zero: Zero, held: Bytes, accumulated: bool) -> dict
 
 def _teacher(run: RunConfig, words: int, ranks: int) -> int:
     """Whole on every rank; sharded over them, its weights are gathered to be used."""
-    engine = run.engine
     size = sizes_of(run.teacher.architecture, words, cmlm=False)
-    width = BYTES[engine.teacher_precision or engine.precision]
+    width = _teacher_bytes(run)
     whole = width * (size.total + size.buffers)
-    return whole if engine.teacher_placement == "replicated" or ranks == 1 else whole + -(-whole // ranks)
+    if run.engine.teacher_placement == "replicated" or ranks == 1:
+        return whole
+    zero = run.deepspeed.get("zero_optimization", {})
+    live = int(zero.get("stage3_max_live_parameters", DEFAULTS["stage3_max_live_parameters"]))
+    return min(whole, width * live) + -(-whole // ranks)
+
+
+def _states(run: RunConfig, shape: Shape) -> int:
+    """Of the teacher's encoder, for a micro-batch."""
+    return shape.sentences * shape.source * run.teacher.architecture.width * _teacher_bytes(run)
+
+
+def _teacher_bytes(run: RunConfig) -> int:
+    return BYTES[run.engine.teacher_precision or run.engine.precision]

@@ -44,12 +44,17 @@ def engine_tape(
         BYTES[config.teacher_precision or config.precision], device,
         training=config.teacher_dropout, frozen=True, checkpointing=config.teacher_checkpointing,
     )  # fmt: skip
-    encoder = stack(teacher, of_teacher, shape, replace(frozen, graph=False, checkpointing=False), decoder=False)
     states = shape.sentences * shape.source * teacher.width * frozen.bytes
+    encoding = []
+    if config.teacher_placement == "sharded":  # else it has been done before, for all micro-batches of the update
+        encoder = stack(teacher, of_teacher, shape, replace(frozen, graph=False, checkpointing=False), decoder=False)
+        encoding.append(without_graph(encoder, result=states))
     decoder = stack(teacher, of_teacher, shape, frozen, decoder=True)
     log_probabilities = "STL" in (config.o1, config.o2) and config.stl_logits == "log_probabilities"
     keep = config.head_memory == "keep" or bool(config.cross_entropy_weight) or log_probabilities
-    head, energy = (_kept_heads if keep else _recomputed_heads)(config, sizes, teacher, vocabulary, shape, frozen, student)
+    head, energy = (_kept_heads if keep else _recomputed_heads)(
+        config, sizes, teacher, vocabulary, shape, frozen, student
+    )
     end = shape.sentences * vocabulary * 4
     whole = []
     if log_probabilities:
@@ -62,7 +67,7 @@ def engine_tape(
         *_student(student, sizes, shape, _numerics(config, device)),
         head,
         *whole,
-        without_graph(encoder, result=states),
+        *encoding,
         *decoder,
         energy,
         Block("end symbol", saved=end, forward=end, backward=end),
@@ -76,12 +81,12 @@ def _kept_heads(
     """head_memory: keep. Both (M, V) logits stay; the teacher's become the student's gradient where they stand."""
     own, theirs = BYTES[config.precision], frozen.bytes
     rows = shape.sentences * (shape.target - 1)
-    hidden, logits = rows * student.width * own, rows * vocabulary * own
+    hidden, logits, table = rows * student.width * own, rows * vocabulary * own, vocabulary * student.width
     tile = _tile(rows, 2 * vocabulary * max(own, theirs), frozen.device) * vocabulary
     softmax = rows * min(vocabulary, max(512, vocabulary // 8, _SOFTMAX_VALUES // max(rows, 1))) * theirs
     head = Block(
         "head", saved=hidden + logits, forward=softmax,
-        backward=tile * (theirs if own == theirs else own + theirs) + hidden + _wide_sum(own, vocabulary * student.width),
+        backward=tile * (theirs if own == theirs else own + theirs) + hidden + _wide_sum(own, table),
         **_of_head(sizes, own),
     )  # fmt: skip
     energy = Block(
@@ -113,7 +118,9 @@ def _recomputed_heads(
     both = _tile(rows, per_row, device) * per_row
     made = hidden + table * own
     if config.precision == "fp16":  # gradients made before the loss scale is known would leave its range
-        return head, Block("energy", saved=of_teacher, forward=both, backward=both + of_teacher, pending=made, until="head")
+        return head, Block(
+            "energy", saved=of_teacher, forward=both, backward=both + of_teacher, pending=made, until="head"
+        )
     saved, wide = made + of_teacher, _wide_sum(own, table)
     return head, Block("energy", saved=saved, forward=both + wide, pending=made, until="head")
 
@@ -168,7 +175,14 @@ def _cross_entropy(
     hidden = rows * architecture.width * own
     return [
         Block("head", saved=hidden, backward=hidden, **_of_head(sizes, own)),
-        Block("loss", saved=table, forward=table + (logits if own < 4 else 0), backward=2 * table, pending=logits, until="head"),
+        Block(
+            "loss",
+            saved=table,
+            forward=table + (logits if own < 4 else 0),
+            backward=2 * table,
+            pending=logits,
+            until="head",
+        ),
     ]
 
 

@@ -25,7 +25,12 @@ from engine_fast.distributed.settings import deepspeed_config
 from engine_fast.training.plan.sizes import Sizes
 from engine_fast.training.plan.tape import BYTES
 
-_DEFAULTS = {"reduce_bucket_size": 500_000_000, "stage3_max_live_parameters": 1_000_000_000}
+DEFAULTS = {
+    "reduce_bucket_size": 500_000_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+}
+"""DeepSpeed's, in values."""
 _ALLREDUCE_VALUES = 500_000_000
 """Stage 0: deepspeed.runtime.engine.MEMORY_OPT_ALLREDUCE_SIZE."""
 _NORM_BYTES = 8
@@ -60,11 +65,16 @@ class Zero:
         return -(-self.sizes.total // self.ranks)
 
     @property
-    def sums_in_float32(self) -> bool:
-        """DeepSpeed's BF16_Optimizer."""
+    def gradient_bytes(self) -> int:
+        """Of a gradient that is kept: stage 1 in bf16 sums in float32."""
         types = deepspeed_config(self.config, self.extra, device=self.device).get("data_types", {})
-        accumulates = types.get("grad_accum_dtype") == "fp32"
-        return self.config.precision == "bf16" and self.stage == 1 and accumulates and not self.config.offload.optimizer
+        return 4 if types.get("grad_accum_dtype") == "fp32" else self.weight_bytes
+
+    @property
+    def sums_in_float32(self) -> bool:
+        """DeepSpeed's BF16_Optimizer, which knows no offload."""
+        wide = self.gradient_bytes > self.weight_bytes
+        return wide and self.config.precision == "bf16" and self.stage == 1 and not self.config.offload.optimizer
 
     @property
     def bucket(self) -> int:
@@ -72,7 +82,7 @@ class Zero:
         if not self.stage or self.sums_in_float32:
             return 0
         double = bool(self._zero("overlap_comm", False)) and self.stage < 3
-        return self.weight_bytes * self._reduce_bucket * (1 + double)
+        return (self.gradient_bytes if self.stage == 1 else self.weight_bytes) * self._reduce_bucket * (1 + double)
 
     def held(self) -> tuple[Bytes, Bytes]:
         """(device, host): what is there from one update to the next."""
@@ -90,12 +100,12 @@ class Zero:
         if self.sums_in_float32:
             device.update(gradients=4 * p)
         if self.stage == 3:
-            state.update(gradients=w * own)
+            state.update(gradients=self.gradient_bytes * own)
             device.update(workspace=self.bucket)
         if offload.optimizer:
             host.update(gradients=4 * own)
             if self.stage < 3:
-                host.update(workspace=w * (own + self.sizes.largest), gradients=w * own)
+                host.update(workspace=w * (own + self.sizes.largest), gradients=w * own * (self.stage == 2))
                 device.update(workspace=w * self.sizes.largest)
         if self.config.ema_decay:
             state.update(copies=4 * (own if self.stage else p))
@@ -111,36 +121,34 @@ class Zero:
         """Bytes of whole weights while they are in use: stage 3 keeps them from forward to backward up to a limit."""
         if self.stage < 3 or self.ranks == 1:
             return 0
-        return self.weight_bytes * min(self.sizes.total, self._zero("stage3_max_live_parameters"))
+        live: int = self._zero("stage3_max_live_parameters")
+        return self.weight_bytes * min(self.sizes.total, live)
 
     def gradients(self, done: int, *, accumulated: bool) -> Bytes:
         """On the device in the backward pass when the gradients of `done` parameters are complete.
 
         accumulated: an earlier micro-batch of the update has left gradients.
         """
-        p, w, own = self.sizes.total, self.weight_bytes, self.shard
+        p, w = self.sizes.total, self.weight_bytes
+        if self.stage == 0 or self.sums_in_float32:
+            return Counter(gradients=w * (p if accumulated else done), workspace=w * self.sizes.largest * accumulated)
+        if self.stage == 1:
+            kept = self.gradient_bytes * (p if accumulated else done)
+            return Counter(gradients=kept, workspace=self.bucket if kept else 0)
         result = Counter[str]()
-        if self.stage == 0:
-            result.update(gradients=w * (p if accumulated else done), workspace=w * self.sizes.largest * accumulated)
-        elif self.sums_in_float32:
-            result.update(gradients=w * (p if accumulated else done), workspace=w * self.sizes.largest * accumulated)
-        elif self.stage == 1:
-            result.update(gradients=w * (p if accumulated else done), workspace=self.bucket if done or accumulated else 0)
-        else:
-            filled = min(done, self._reduce_bucket)
-            flushed = done > self._reduce_bucket or done >= p
-            if flushed:
-                result.update(workspace=self._reducing(filled))
-            if self.stage == 2:
-                result.update(workspace=self.bucket if done else 0)
-                partition = 0 if self.config.offload.optimizer else w * own
-                result.update(gradients=partition * (flushed + accumulated))
+        flushed = done >= min(p, self._reduce_bucket)
+        if flushed:
+            result.update(workspace=self._reducing())
+        if self.stage == 2:
+            result.update(workspace=self.bucket if done else 0)
+            if not self.config.offload.optimizer:
+                result.update(gradients=w * self.shard * (flushed + accumulated))
         return result
 
     def stepping(self) -> Bytes:
         """On the device at the largest moment of reduction and step, besides what is held."""
-        p, w, own = self.sizes.total, self.weight_bytes, self.shard
-        half = 4 * own if w < 4 else 0
+        p, w, g, own = self.sizes.total, self.weight_bytes, self.gradient_bytes, self.shard
+        half = 4 * own if g < 4 else 0
         norm = _NORM_BYTES * min(self.sizes.largest, own)
         offload = self.config.offload.optimizer
         if self.stage == 0:
@@ -148,22 +156,38 @@ class Zero:
         if self.sums_in_float32:
             return Counter(gradients=w * p, workspace=max(norm, w * p * (self.ranks > 1)))
         if self.stage == 1:
-            reducing = w * own + self.bucket + self._reducing(min(p, self._reduce_bucket))
-            return Counter(gradients=w * p, workspace=reducing if offload else max(reducing, norm, w * own + half - w * (p - own)))
+            # What went through the bucket has left its own memory; the owned part is copied out of it, then made flat.
+            through = min(p, self._reduce_bucket)
+            most = self.bucket + max(0, (0 if offload else g * own) + self._reducing() - g * through)
+            if not offload:
+                most = max(most, g * (2 * own - p) + max(norm, half))
+            return Counter(gradients=g * p, workspace=most)
         if offload:
             return Counter[str]()
         if self.stage == 2:
             return Counter(gradients=w * own, workspace=max(w * own + half, norm))
-        return Counter(workspace=max(w * own + half, norm))
+        persistent = 0
+        if self.ranks > 1:
+            threshold: int = self._zero("stage3_param_persistence_threshold")
+            persistent = w * sum(size for size in self.sizes.tensors if size <= threshold)
+        return Counter(workspace=max(g * own + half, norm, persistent * self._copies))
 
     @property
     def _reduce_bucket(self) -> int:
         return int(self._zero("reduce_bucket_size"))
 
-    def _reducing(self, values: int) -> int:
-        """A copy of what is in the bucket, in the order of its owners."""
-        return self.weight_bytes * values if self.ranks > 1 or self.stage == 3 else 0
+    def _reducing(self) -> int:
+        """Copies of what is in the bucket, in the order of its owners."""
+        through = self.weight_bytes * min(self.sizes.total, self._reduce_bucket)
+        if self.stage == 3:
+            return through * self._copies
+        return through if self.ranks > 1 else 0
+
+    @property
+    def _copies(self) -> int:
+        """Of what is scattered or gathered: gloo makes one more."""
+        return 2 if self.device == "cpu" else 1
 
     def _zero(self, key: str, default: Any = None) -> Any:
         settings = deepspeed_config(self.config, self.extra, device=self.device)["zero_optimization"]
-        return settings.get(key, _DEFAULTS.get(key, default))
+        return settings.get(key, DEFAULTS.get(key, default))
