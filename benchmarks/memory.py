@@ -19,6 +19,8 @@ import torch
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.updates import Training, Work, micro_batch, update
+
 PHASES = ("forward", "backward", "step")
 
 
@@ -43,43 +45,49 @@ def named_phases(engine: Any) -> Iterator[None]:
             delattr(engine, name)
 
 
-def peaks_on_cpu(build: Callable[[], Any], update: Callable[[Any, int], object], *, updates: int) -> dict[str, int]:
-    """Bytes at the largest point of forward, backward and step, and of the whole, after a first update.
+def peaks_on_cpu(build: Callable[[], Training], work: Work, *, updates: int) -> dict[str, int]:
+    """Bytes at the largest point of forward, backward and step after a first update, then of validation and checkpoint.
 
-    build: makes the distributed.Engine; what it allocates counts, what stood before it does not.
+    What `build` allocates counts, what stood before it does not.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        engine = build()
-        with named_phases(engine._engine):
+        training = build()
+        with named_phases(training.engine._engine):
             for number in range(updates):
                 with record_function(f"update.{number}"):
-                    update(engine, number)
+                    update(training.engine, work, number)
+        with record_function("phase.validation"):
+            training.validate(micro_batch(work, 0))
+        with record_function("phase.checkpoint"):
+            training.weights()
     marks, blocks = _events(profiled)
     times, totals = _running_total(blocks)
     least: dict[str, int] = {}
     for number in range(1, updates):
         begin, end = next(mark[:2] for mark in marks if mark[2] == f"update.{number}")
-        peaks = {"all": _peak(times, totals, begin, end)}
+        peaks: dict[str, int] = {}
         for start, stop, name in marks:
             if name.startswith("phase.") and begin <= start and stop <= end:
                 phase = name.removeprefix("phase.")
                 peaks[phase] = max(peaks.get(phase, 0), _peak(times, totals, start, stop))
-        for name, peak in peaks.items():
-            least[name] = min(least.get(name, peak), peak)
+        least = {name: min(least.get(name, peak), peak) for name, peak in peaks.items()}
+    for name in ("validation", "checkpoint"):
+        start, stop = next(mark[:2] for mark in marks if mark[2] == f"phase.{name}")
+        least[name] = _peak(times, totals, start, stop)
     return least
 
 
-def peak_on_cuda(build: Callable[[], Any], update: Callable[[Any, int], object], *, updates: int) -> dict[str, int]:
-    """The same of a GPU, only for the whole."""
+def peak_on_cuda(build: Callable[[], Training], work: Work, *, updates: int) -> dict[str, int]:
+    """Bytes at the largest point of an update after the first, on a GPU."""
     before = torch.cuda.memory_allocated()
-    engine = build()
-    update(engine, 0)
+    training = build()
+    update(training.engine, work, 0)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     for number in range(1, updates):
-        update(engine, number)
+        update(training.engine, work, number)
     torch.cuda.synchronize()
-    return {"all": torch.cuda.max_memory_allocated() - before}
+    return {"update": torch.cuda.max_memory_allocated() - before}
 
 
 def _events(profiled: Any) -> tuple[list[tuple[int, int, str]], list[tuple[int, int, int]]]:

@@ -5,16 +5,19 @@ The engine, objectives and precision are those of `engine-fast train`; only corp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine_fast.config import RunConfig, TrainConfig
 from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import EOS, NUM_SPECIAL
 from engine_fast.distributed import Engine, World, shard_frozen
 from engine_fast.models import CMLM, Transformer, freeze
+from engine_fast.training.averaging import ExponentialAverage
 from engine_fast.training.objectives import CMLMObjective, EngineObjective, TeacherObjective
 from engine_fast.training.plan.memory import architecture_of
 
@@ -33,36 +36,67 @@ class Work:
     accumulate: int = 1
 
 
-def build(config: RunConfig, work: Work, world: World) -> Engine:
+@dataclass
+class Training:
+    """A stage's engine, and its objective of a model."""
+
+    engine: Engine
+    objective_of: Callable[[nn.Module], nn.Module]
+    average: ExponentialAverage | None
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint collects, as training.loop does."""
+        if self.average is None:
+            return self.engine.weights()
+        with self.average.in_place_of(self.engine.shards()):
+            return self.engine.weights()
+
+    @torch.no_grad()
+    def validate(self, batch: Batch) -> None:
+        """One batch as training.validation measures it."""
+        with self.engine.showing(None if self.average is None else self.weights()) as model:
+            objective = self.objective_of(model).eval()
+            (getattr(objective, "evaluate", None) or objective)(batch)
+
+
+def build(config: RunConfig, work: Work, world: World) -> Training:
     """Fresh models under the engine, as training.stages builds them."""
     settings: TrainConfig = getattr(config, work.stage)
     torch.manual_seed(config.seed)
     size = work.vocabulary
-    objective: nn.Module
     trained: Transformer | CMLM
+    objective_of: Callable[[nn.Module], nn.Module]
     if work.stage == "teacher":
         trained = Transformer(settings.architecture, size, size)
-        objective = TeacherObjective(trained, config.teacher)
+        objective_of = lambda module: TeacherObjective(cast(Transformer, module), config.teacher)  # noqa: E731
     elif work.stage == "cmlm":
         trained = CMLM(settings.architecture, size, size)
-        objective = CMLMObjective(trained, config.cmlm)
+        objective_of = lambda module: CMLMObjective(cast(CMLM, module), config.cmlm)  # noqa: E731
     else:
-        precision = config.engine.teacher_precision or config.engine.precision
-        teacher = Transformer(config.teacher.architecture, size, size).to(world.device)
-        freeze(teacher, dtype=DTYPES[precision], dropout=config.engine.teacher_dropout)
-        teacher.activation_checkpointing = config.engine.teacher_checkpointing
-        within = None
-        if config.engine.teacher_placement == "sharded":
-            within = shard_frozen(teacher, extra=config.deepspeed)
-            teacher.train(config.engine.teacher_dropout)
-        if config.engine.teacher_compile:
-            teacher.compile_stacks()
+        teacher, within = frozen_teacher(config, work, world)
         trained = CMLM(architecture_of(config, "engine"), size, size)
-        objective = EngineObjective(trained, teacher, config.engine, within=within)
+        objective_of = lambda module: EngineObjective(cast(CMLM, module), teacher, config.engine, within=within)  # noqa: E731
     trained.activation_checkpointing = settings.activation_checkpointing
     if settings.compile:
         trained.compile_stacks()
-    return Engine(objective, trained, settings, extra=config.deepspeed, world=world)
+    engine = Engine(objective_of(trained), trained, settings, extra=config.deepspeed, world=world)
+    average = ExponentialAverage(engine.shards(), settings.ema_decay) if settings.ema_decay else None
+    return Training(engine, objective_of, average)
+
+
+def frozen_teacher(config: RunConfig, work: Work, world: World) -> tuple[Transformer, Any]:
+    """A fresh one of the configured precision and placement, and the `within` of a sharded one."""
+    settings, size = config.engine, work.vocabulary
+    teacher = Transformer(config.teacher.architecture, size, size).to(world.device)
+    freeze(teacher, dtype=DTYPES[settings.teacher_precision or settings.precision], dropout=settings.teacher_dropout)
+    teacher.activation_checkpointing = settings.teacher_checkpointing
+    within = None
+    if settings.teacher_placement == "sharded":
+        within = shard_frozen(teacher, extra=config.deepspeed)
+        teacher.train(settings.teacher_dropout)
+    if settings.teacher_compile:
+        teacher.compile_stacks()
+    return teacher, within
 
 
 def micro_batch(work: Work, number: int) -> Batch:

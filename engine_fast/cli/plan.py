@@ -41,7 +41,9 @@ def show_plan(
             json.dumps({"config": str(path), "device": device, "stages": [_plain(entry) for entry in report]}, indent=2)
         )
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = max(console.width, 140)  # a log file has no width; do not wrap the table
         for entry in report:
             _print(console, entry, device, device_memory)
     return all(entry["fits"] is not False for entry in report)
@@ -105,7 +107,7 @@ def _print(console: Console, entry: dict[str, Any], device: Device, device_memor
         table.add_row(term, *column, MEANING[term])
     total = [f"{plan.total / GB:.3f}", *([f"{plan.host_total / GB:.3f}"] if host else [])]
     table.add_section()
-    table.add_row("total", *total, f"largest in the {plan.moment} pass" if plan.moment != "step" else "at the step")
+    table.add_row("total", *total, f"at its largest: {plan.moment}")
     console.print(table)
     share = plan.device[plan.dominant] / plan.total
     console.print(f"Most is {plan.dominant}: {share:.0%}. {_scaling(entry['scaling'])}")

@@ -10,7 +10,7 @@ from engine_fast.config import Architecture, RunConfig, TrainConfig
 from engine_fast.errors import require
 from engine_fast.training.plan.activations import Block, Shape
 from engine_fast.training.plan.sizes import sizes_of
-from engine_fast.training.plan.tape import BYTES, cmlm_tape, engine_tape, teacher_tape
+from engine_fast.training.plan.tape import BYTES, cmlm_tape, engine_tape, teacher_tape, validation
 from engine_fast.training.plan.zero import DEFAULTS, Bytes, Zero
 
 Stage = Literal["teacher", "cmlm", "engine"]
@@ -18,12 +18,12 @@ Device = Literal["cpu", "cuda"]
 STAGES: tuple[Stage, ...] = ("teacher", "cmlm", "engine")
 TERMS = ("weights", "gradients", "optimizer", "copies", "teacher", "activations", "workspace")
 MEANING = {
-    "weights": "the trained model, and what stage 3 gathers of it",
+    "weights": "the trained model; stage 3: its shard, and what is gathered",
     "gradients": "this rank's, at that moment",
     "optimizer": "float32 master weights and Adam's moments",
-    "copies": "the whole model that is validated (stage 3, ema), the moving average",
+    "copies": "the model that is validated (stage 3, ema), moving averages; host: the weights while they are saved",
     "teacher": "the frozen teacher",
-    "activations": "what the forward pass keeps for the backward pass",
+    "activations": "kept by the forward for the backward pass",
     "workspace": "communication buckets, and what one operation needs besides",
 }
 
@@ -37,11 +37,11 @@ class MemoryPlan:
     device: dict[str, int]
     """Bytes of each term at the largest moment."""
     host: dict[str, int]
-    """Bytes that offload keeps in the host's memory."""
+    """Bytes in the host's memory: what offload keeps there, and the whole weights while they are saved."""
     moment: str
     """When the device holds most."""
     moments: dict[str, int]
-    """The device's total at the largest point of forward, backward and step."""
+    """The device's total at the largest point of forward, backward, step, validation and checkpoint."""
     shape: Shape
     parameters: int
 
@@ -125,6 +125,16 @@ def _plan(
     accumulated = settings.batch.accumulate > 1
     peaks = _walk(tape, zero, held, accumulated)
     peaks["step"] = held + zero.stepping()
+    # Both collect the whole model in float32 in the host's memory: validation if it judges a copy.
+    whole = 4 * sizes.total if device == "cpu" else 0
+    tables = validation(run, stage, words, shape)
+    copied = whole if zero.validates_a_copy else 0
+    # The average takes the weights' place by an exchange.
+    exchanged = 4 * zero.shard if settings.ema_decay and not settings.offload.optimizer else 0
+    small = zero.persistent()
+    peaks["validation"] = held + Counter(weights=small, activations=tables, copies=copied + exchanged)
+    peaks["checkpoint"] = held + Counter(weights=small, copies=whole + exchanged)
+    host["copies"] += 0 if whole else 4 * sizes.total
     moment = max(peaks, key=lambda name: peaks[name].total())
     terms = {term: peaks[moment][term] for term in TERMS if term != "teacher" or stage == "engine"}
     return MemoryPlan(

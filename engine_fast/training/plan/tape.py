@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from engine_fast.config import Architecture, CMLMConfig, EngineConfig, TrainConfig
+from engine_fast.config import Architecture, CMLMConfig, EngineConfig, RunConfig, TrainConfig
 from engine_fast.training.plan.activations import Block, Numerics, Shape, masked_rows, stack, without_graph
 from engine_fast.training.plan.sizes import Sizes, sizes_of
 
@@ -72,6 +72,19 @@ def engine_tape(
         energy,
         Block("end symbol", saved=end, forward=end, backward=end),
     ]
+
+
+def validation(run: RunConfig, stage: str, vocabulary: int, shape: Shape) -> int:
+    """Bytes of the largest tables of a dev batch's loss, none of them kept for a backward pass.
+
+    Logits in the model's dtype, in float32, and their log-softmax; ENGINE has the student's logits beside them.
+    """
+    rows = shape.sentences * shape.target
+    if stage != "engine":
+        own = BYTES[getattr(run, stage).precision]
+        return rows * vocabulary * (8 if own == 4 else 8 + own)
+    own = BYTES[run.engine.precision]
+    return rows * vocabulary * 8 + shape.sentences * (shape.target - 1) * vocabulary * own
 
 
 def _kept_heads(

@@ -84,6 +84,11 @@ class Zero:
         double = bool(self._zero("overlap_comm", False)) and self.stage < 3
         return (self.gradient_bytes if self.stage == 1 else self.weight_bytes) * self._reduce_bucket * (1 + double)
 
+    @property
+    def validates_a_copy(self) -> bool:
+        """The live weights are sharded, or not the ones to be judged."""
+        return self.stage == 3 or self.config.ema_decay > 0
+
     def held(self) -> tuple[Bytes, Bytes]:
         """(device, host): what is there from one update to the next."""
         p, w, own = self.sizes.total, self.weight_bytes, self.shard
@@ -109,7 +114,7 @@ class Zero:
                 device.update(workspace=w * self.sizes.largest)
         if self.config.ema_decay:
             state.update(copies=4 * (own if self.stage else p))
-        if self.stage == 3 or self.config.ema_decay:
+        if self.validates_a_copy:
             # The copy that is validated: float32 in the host's memory until then, afterwards in the weights' precision.
             if self.device == "cpu":
                 device.update(copies=4 * p)
@@ -123,6 +128,13 @@ class Zero:
             return 0
         live: int = self._zero("stage3_max_live_parameters")
         return self.weight_bytes * min(self.sizes.total, live)
+
+    def persistent(self) -> int:
+        """Bytes of the small tensors that stage 3 keeps whole from one step to the next."""
+        if self.stage < 3 or self.ranks == 1:
+            return 0
+        threshold: int = self._zero("stage3_param_persistence_threshold")
+        return self.weight_bytes * sum(size for size in self.sizes.tensors if size <= threshold)
 
     def gradients(self, done: int, *, accumulated: bool) -> Bytes:
         """On the device in the backward pass when the gradients of `done` parameters are complete.
@@ -166,11 +178,7 @@ class Zero:
             return Counter[str]()
         if self.stage == 2:
             return Counter(gradients=w * own, workspace=max(w * own + half, norm))
-        persistent = 0
-        if self.ranks > 1:
-            threshold: int = self._zero("stage3_param_persistence_threshold")
-            persistent = w * sum(size for size in self.sizes.tensors if size <= threshold)
-        return Counter(workspace=max(g * own + half, norm, persistent * self._copies))
+        return Counter(workspace=max(g * own + half, norm, self.persistent() * self._copies))
 
     @property
     def _reduce_bucket(self) -> int:
