@@ -21,7 +21,7 @@ OperatorName = Literal["SX", "STL", "SG", "ST", "GX"]
 
 
 class BatchConfig(Section):
-    """One update = `accumulate` micro-batches on each rank."""
+    """One update = `accumulate` micro-batches on each rank, or `micro_batches` over all of them."""
 
     max_tokens: PositiveInt = 4096
     """Target tokens per rank and micro-step, padding included."""
@@ -30,7 +30,18 @@ class BatchConfig(Section):
     length_buckets: PositiveInt = 16
     """Sorted pools per epoch at most, each of 256 micro-batches or more; 1 sorts the whole epoch."""
     accumulate: PositiveInt = 1
-    """Micro-batches per update."""
+    """Micro-batches per update and rank: twice the ranks, twice the batch."""
+    micro_batches: PositiveInt | None = None
+    """Micro-batches per update over all ranks together: the same updates at any number of ranks. Without accumulate."""
+
+    @model_validator(mode="after")
+    def _one_way_to_count(self) -> BatchConfig:
+        if self.micro_batches is not None and self.accumulate != 1:
+            raise ValueError(
+                f"micro_batches = {self.micro_batches} already says how many micro-batches an update has: "
+                f"leave accumulate at 1, got {self.accumulate}"
+            )
+        return self
 
 
 class OptimConfig(Section):
@@ -65,6 +76,15 @@ class OptimConfig(Section):
         return betas
 
 
+class OffloadConfig(Section):
+    """What is kept in the host's memory instead of the device's."""
+
+    optimizer: bool = False
+    """Master weights and Adam's moments, and Adam itself; needs zero_stage >= 1."""
+    parameters: bool = False
+    """The weights' shards between their uses; needs zero_stage 3."""
+
+
 class EarlyStopConfig(Section):
     """Which dev figure chooses the best checkpoint, and when to give up."""
 
@@ -91,6 +111,12 @@ class TrainConfig(Section):
     """Of the trained model; bf16 and fp16 keep fp32 master weights (fp16: GPU only)."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """DeepSpeed ZeRO stage; default 0 for fp32 and 1 for bf16/fp16 (stage 0 is wrong there)."""
+    offload: OffloadConfig = OffloadConfig()
+    """What leaves the device."""
+    overlap_communication: bool | None = None
+    """Reduce gradients (stage 3: also gather weights) while the backward pass goes on; default: on GPUs."""
+    compile: bool = False
+    """torch.compile the trained model's stacks; needs zero_stage < 3."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass."""
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
@@ -116,6 +142,15 @@ class TrainConfig(Section):
             raise ValueError(
                 f"precision = {self.precision} needs zero_stage >= 1 (DeepSpeed's stage 0 starts Adam a step late)"
             )
+        stage = self.effective_zero_stage
+        for setting, on, least in (
+            ("offload.optimizer", self.offload.optimizer, 1),
+            ("offload.parameters", self.offload.parameters, 3),
+        ):
+            if on and stage < least:
+                raise ValueError(f"{setting} = true needs zero_stage >= {least}, got {stage}")
+        if self.compile and stage == 3:
+            raise ValueError("compile = true needs zero_stage < 3: there a layer's weights come and go around its call")
         if self.average_last > self.keep_last:
             raise ValueError(
                 f"average_last = {self.average_last} needs keep_last >= {self.average_last}, got {self.keep_last}"
@@ -177,7 +212,17 @@ class EngineConfig(TrainConfig):
     exist for one tile of rows at a time, for 11 products with the vocabulary's matrices instead of 7."""
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Of the frozen teacher; default: the student's."""
+    teacher_placement: Literal["replicated", "sharded"] = "replicated"
+    """replicated: whole on every rank; sharded: ZeRO-3 over the ranks, for a teacher larger than a device."""
+    teacher_compile: bool = False
+    """torch.compile the teacher's stacks; needs teacher_placement: replicated."""
     teacher_dropout: bool = False
     """Keep the teacher's dropout on while scoring."""
     teacher_checkpointing: bool = False
     """Recompute the teacher's decoder blocks in the backward pass."""
+
+    @model_validator(mode="after")
+    def _teacher_fits_placement(self) -> EngineConfig:
+        if self.teacher_placement == "sharded" and self.teacher_compile:
+            raise ValueError("teacher_compile = true needs teacher_placement = replicated")
+        return self

@@ -23,8 +23,11 @@ from engine_fast.recipes.execute import Say
 from engine_fast.recipes.graph import Stage, hash_file, read_record
 from engine_fast.training import train_cmlm, train_engine, train_teacher
 
-_WITHOUT_EFFECT = {"log_every"}
-"""Training settings that change no result."""
+_WITHOUT_EFFECT = {
+    "log_every", "zero_stage", "offload", "overlap_communication", "compile", "activation_checkpointing",
+    "head_memory", "teacher_placement", "teacher_compile", "teacher_checkpointing",
+}  # fmt: skip
+"""Training settings that change no result but for rounding: a stage goes on, or stands, when they change."""
 
 
 def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> list[Stage]:
@@ -37,11 +40,13 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
     distilled = {name for name in ("cmlm", "engine") if getattr(config, name).data == "distilled"}
 
     def prepared() -> Prepared:
-        return Prepared.open(out / "prepare" / "data")
+        with world.together():  # a host that cannot read the run directory stops all of them
+            return Prepared.open(out / "prepare" / "data")
 
     def corpus_of(student: str) -> ParallelCorpus:
         if student in distilled:
-            return ParallelCorpus.open(out / "distill" / "corpus")
+            with world.together():
+                return ParallelCorpus.open(out / "distill" / "corpus")
         return prepared().split("train")
 
     def run_prepare(directory: Path) -> None:
@@ -75,10 +80,11 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
 
     def run_evaluate(directory: Path) -> None:
         measured = evaluate_systems(
-            config, prepared(), directory, device=world.device, say=say,
+            config, prepared(), directory, world=world, say=say,
             teacher_dir=out / "teacher", cmlm_dir=out / "cmlm", engine_dir=out / "engine",
         )  # fmt: skip
-        write_json(directory / "results.json", {"name": config.name, **measured, **_provenance(config, out, world)})
+        if measured is not None:
+            write_json(directory / "results.json", {"name": config.name, **measured, **_provenance(config, out, world)})
 
     def run_report(directory: Path) -> None:
         write_report(out, directory / "report.html")
@@ -110,6 +116,7 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
             {"evaluate": _section(config.evaluate)},
             ("results.json", "outputs/*"),
             run_evaluate,
+            every_rank=True,
         ),
         Stage("report", ("evaluate", *models), {}, ("report.html",), run_report),
     ]

@@ -15,7 +15,7 @@ from typing import Any
 from engine_fast.distributed.launch import processes
 from engine_fast.distributed.launch.attempt import Attempt, Spec, write_json
 from engine_fast.distributed.launch.commands import Command
-from engine_fast.distributed.launch.watch import Limits, Trouble, Watch, first_failure
+from engine_fast.distributed.launch.watch import Limits, Trouble, Watch, echo, first_failure
 
 MISTAKE = 2
 """Exit code of engine-fast when somebody has to change something."""
@@ -122,8 +122,9 @@ def supervise(
             watch, child, heart, log_path, interrupts=interrupts, tail=tail, say=say, host=host, other=other
         )
         _await_ends(watch, heart, spec, interrupts=interrupts, tail=tail, say=say)
-        if trouble is not None and not interrupted:
-            trouble = _refined(watch, trouble)
+        if trouble is not None:
+            trouble = _missing(watch, trouble if interrupted else _refined(watch, trouble))
+            interrupted = interrupted and trouble.kind != "lost"
     finally:
         heart.end()
         left = {spec.place(rank)[0].name for rank in watch.unended()}
@@ -201,6 +202,16 @@ def _refined(watch: Watch, trouble: Trouble) -> Trouble:
         return trouble
     rank = first_failure(failed)
     return replace(trouble, rank=rank, kind=failed[rank].kind, why=failed[rank].error)
+
+
+def _missing(watch: Watch, trouble: Trouble) -> Trouble:
+    """After every rank was awaited: of one whose guard was killed there is no marker, and its peers only echo that."""
+    gone = [rank for rank in watch.unended() if watch.ranks[rank].record is not None]
+    end = watch.ranks[trouble.rank].end if trouble.rank is not None else None
+    if not gone or not (trouble.kind == "transport" or (end is not None and echo(end))):
+        return trouble
+    heard = trouble.why if trouble.rank is None else f"rank {trouble.rank}: {trouble.why or trouble.kind}"
+    return Trouble(gone[0], "lost", f"its guard left no word: it was killed, or its host is away ({heard})")
 
 
 def start_transport(command: Command, log_path: Path) -> subprocess.Popen[bytes]:

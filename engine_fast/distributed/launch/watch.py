@@ -187,17 +187,13 @@ class Watch:
 
 def first_failure(failed: Mapping[int, End]) -> int:
     """The rank that failed by itself, and the earliest of these; the others often die of its absence."""
+    return min(failed, key=lambda rank: (echo(failed[rank]), failed[rank].when, rank))
 
-    def order(rank: int) -> tuple[int, float, int]:
-        end = failed[rank]
-        if end.kind == "ended":
-            weight = 4
-        elif end.kind == "interrupted" or (end.kind == "signal" and "SIGTERM" in end.error):
-            weight = 3
-        elif end.kind == "exception" and _PEERS.search(end.error):
-            weight = 2
-        else:
-            weight = 1
-        return weight, end.when, rank
 
-    return min(failed, key=order)
+def echo(end: End) -> int:
+    """How likely a rank ended so because of another one, from 0."""
+    if end.kind == "ended":
+        return 3
+    if end.kind == "interrupted" or (end.kind == "signal" and "SIGTERM" in end.error):
+        return 2
+    return int(end.kind == "exception" and _PEERS.search(end.error) is not None)
