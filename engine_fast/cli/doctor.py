@@ -25,6 +25,8 @@ from engine_fast import extension
 from engine_fast.errors import BuildError, EngineFastError
 
 State = Literal["ok", "absent", "broken"]
+StageOption = Literal["teacher", "cmlm", "engine"]
+DeviceOption = Literal["cpu", "cuda"]
 _COLOURS: dict[State, str] = {"ok": "green", "absent": "yellow", "broken": "red"}
 _MIN_FREE_BYTES = 2_000_000_000
 _INSTALL = "Run `make install` in the source directory."
@@ -45,8 +47,29 @@ class Check:
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="CONFIG", help="Plan the memory of this run's training instead.")
+    ] = None,
+    ranks: Annotated[str, typer.Option(help="--plan: processes; or several numbers to compare, 8,64,512.")] = "1",
+    stage: Annotated[StageOption | None, typer.Option(help="--plan: of this stage only.")] = None,
+    device_memory: Annotated[float | None, typer.Option(help="--plan: GB of a device, to see whether it fits.")] = None,
+    device: Annotated[DeviceOption, typer.Option(help="--plan: the kind of device that trains.")] = "cuda",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="section.key=value", help="--plan: override one setting.")
+    ] = None,
 ) -> None:
-    """Say what is installed, compiled and usable, and what to do about the rest. Exits with 1 if training cannot."""
+    """Say what is installed, compiled and usable, and what to do about the rest. Exits with 1 if training cannot.
+
+    With --plan: say how much memory each rank needs, by formula; exits with 1 if --device-memory is too little.
+    """
+    if plan is not None:
+        from engine_fast.cli.plan import show_plan
+
+        fits = show_plan(
+            plan, overrides or [],
+            ranks=ranks, stage=stage, device=device, device_memory=device_memory, as_json=as_json,
+        )  # fmt: skip
+        raise typer.Exit(0 if fits else 1)
     checks = examine()
     works = all(check.state != "broken" for check in checks)
     if as_json:

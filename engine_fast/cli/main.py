@@ -1,7 +1,7 @@
 """The `engine-fast` program: a table of commands, each loaded only when it is called, and one way to fail.
 
 Exit codes: 0 done; 2 a mistake that the message explains (ours to name, the user's to mend); 130 interrupted, with the
-state saved; 1 a bug, with its traceback.
+state saved; 143 ended because another rank did; 1 a bug, with its traceback.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from engine_fast.distributed import presence
-from engine_fast.errors import EngineFastError
+from engine_fast.errors import EngineFastError, PeerError
 
 # name -> (sibling module, help). The function in the module bears the module's name. `import` is a keyword of Python.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "Measure every system of a run again: BLEU, chrF, energy, repetition, speed."),
     "report": ("report", "Write a run's report.html from its results."),
     "launch": ("launch", "Run a recipe or a command on many ranks: hosts, SLURM, torchrun; watched and restarted."),
+    "export": ("export", "Turn a checkpoint of a stage, finished or not, into a model directory."),
     "import": ("import_", "Turn a fairseq-style checkpoint into a model directory."),
     "doctor": ("doctor", "Say what is installed, compiled and usable, and what to do about the rest."),
 }
@@ -56,6 +57,8 @@ class LazyGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except PeerError as error:
+            _fail(str(error), 143)
         except EngineFastError as error:
             _fail(str(error), 2)
         except KeyboardInterrupt as error:
@@ -80,7 +83,7 @@ def load_command(name: str) -> Any:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    presence.explain("interrupted" if code == 130 else "mistake", message)
+    presence.explain({130: "interrupted", 143: "ended"}.get(code, "mistake"), message)
     try:
         print(f"engine-fast: {message}", file=sys.stderr)
     except OSError:

@@ -5,6 +5,8 @@ B sentences, S source positions, T target positions, N sentences of the corpus.
 
 from __future__ import annotations
 
+import functools
+import zlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,6 +70,8 @@ class Update:
     """Of all ranks and micro-batches together."""
     num_micro_batches: int
     """Of all ranks together, the empty ones excluded."""
+    digest: int
+    """CRC-32 of all their sentence indices, in order."""
 
 
 class BatchPlan:
@@ -110,7 +114,7 @@ class BatchPlan:
             mine = group[self._rank :: self._world_size]
             mine += [_EMPTY] * (per_rank - len(mine))
             tokens = sum(int(self._target[part].sum(dtype=np.int64)) for part in group)
-            result.append(Update(tuple(mine), tokens, sum(map(len, group)), len(group)))
+            result.append(Update(tuple(mine), tokens, sum(map(len, group)), len(group), _digest(group)))
         return result
 
     def padding_share(self, epoch: int) -> float:
@@ -166,6 +170,10 @@ def _by_length(pool: Indices, source: Lengths, target: Lengths) -> Indices:
     # sorted by (target, source) it is 6.4%.
     longest, difference = np.maximum(source, target)[pool], (target - source)[pool]
     return pool[np.lexsort((np.where(longest % 2 == 0, difference, -difference), longest))]
+
+
+def _digest(group: list[Indices]) -> int:
+    return functools.reduce(lambda checksum, part: zlib.crc32(part.tobytes(), checksum), group, 0)
 
 
 def _pack(

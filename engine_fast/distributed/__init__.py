@@ -9,11 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine_fast.distributed.agreement import require_agreement
     from engine_fast.distributed.checkpoint import CheckpointStore, Snapshot
     from engine_fast.distributed.engine import Engine, StepResult
     from engine_fast.distributed.runtime import World, start
+    from engine_fast.distributed.teacher import shard_frozen
 
-__all__ = ["CheckpointStore", "Engine", "Snapshot", "StepResult", "World", "start"]
+__all__ = ["CheckpointStore", "Engine", "Snapshot", "StepResult", "World", "require_agreement", "shard_frozen", "start"]
 
 _HOMES = {
     "CheckpointStore": "checkpoint",
@@ -22,6 +24,8 @@ _HOMES = {
     "StepResult": "engine",
     "World": "runtime",
     "start": "runtime",
+    "require_agreement": "agreement",
+    "shard_frozen": "teacher",
 }
 
 

@@ -217,7 +217,12 @@ class CheckpointStore:
             return ""
 
     def _check_space(self, num_bytes: int) -> None:
-        free = shutil.disk_usage(self.directory).free
+        try:
+            free = shutil.disk_usage(self.directory).free
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.directory}: cannot be written to ({error.strerror}). {self._hint()}"
+            ) from error
         if free - num_bytes < self._min_free_bytes:
             raise CheckpointError(
                 f"{self.directory}: a checkpoint needs about {num_bytes / 1e6:.0f} MB and "

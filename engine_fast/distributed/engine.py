@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import math
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 from engine_fast.config import OptimConfig, TrainConfig
 from engine_fast.distributed import universal
 from engine_fast.distributed.master import MasterState
+from engine_fast.distributed.quiet import quiet
 from engine_fast.distributed.runtime import World
 from engine_fast.distributed.settings import deepspeed_config
 from engine_fast.errors import CheckpointError, ConfigError
@@ -72,6 +70,7 @@ class Engine:
         if config.precision == "fp16" and world.device.type == "cpu":
             raise ConfigError("precision = 'fp16', expected bf16 or fp32 on a CPU. Set precision to bf16.")
         self.world, self.trained, self.stage = world, trained, config.effective_zero_stage
+        self._objective = objective
         self.num_parameters = sum(parameter.numel() for parameter in trained.parameters())
         # A copy that stays whole: the live weights are sharded (stage 3) or not the ones to be judged (EMA).
         self._shadow = copy.deepcopy(trained) if self.stage == 3 or config.ema_decay else None
@@ -79,7 +78,7 @@ class Engine:
         parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         import deepspeed
 
-        with _quiet():
+        with quiet():
             try:
                 self._engine, *_ = deepspeed.initialize(
                     model=_Plain(objective),
@@ -102,6 +101,12 @@ class Engine:
 
     def eval(self) -> None:
         self._engine.eval()
+
+    def prepare(self, batches: Sequence[Any]) -> None:
+        """Let the objective do once what it can for all micro-batches of an update."""
+        prepare = getattr(self._objective, "prepare", None)
+        if prepare is not None:
+            prepare(batches)
 
     def backward(self, batch: Any, *, num_target_tokens: int, weight: float = 1.0) -> dict[str, Tensor]:
         """Add the gradients of weight * total / num_target_tokens; returns the objective's sums.
@@ -176,7 +181,7 @@ class Engine:
         DeepSpeed's barriers, in which the others would have waited for it.
         """
         self._master.begin()
-        with _quiet(), _failing_late(self._engine):
+        with quiet(), _failing_late(self._engine):
             self._engine.save_checkpoint(str(directory), tag=TAG, client_state=universal.note(), save_latest=False)
 
     def load(self, directory: Path) -> None:
@@ -216,7 +221,7 @@ class Engine:
         """Every rank raises the same CheckpointError if one cannot read what is there."""
         failure = ""
         try:
-            with _quiet():
+            with quiet():
                 yield
         except _UNREADABLE as error:
             failure = _line(error)
@@ -272,14 +277,6 @@ def _failing_late(engine: Any) -> Iterator[None]:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed prints its progress to standard output, which belongs to the user."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:

@@ -81,11 +81,9 @@ class MasterState:
         if saved.get("dynamic_loss_scale") and getattr(self._optimizer, "dynamic_loss_scale", False):
             self._optimizer.loss_scaler = saved["loss_scaler"]
 
-    def _step_of(self, weights: Tensor, step: float) -> Tensor | int:
-        if not isinstance(self._base, torch.optim.Adam):  # DeepSpeed's own Adam, on the CPU, counts in integers
-            return int(step)
-        on_device = self._base.param_groups[0].get("fused") or self._base.param_groups[0].get("capturable")
-        return torch.tensor(step, dtype=torch.float32, device=weights.device if on_device else "cpu")
+    def _step_of(self, weights: Tensor, step: float) -> Tensor:
+        fused = self._base.param_groups[0]["fused"]
+        return torch.tensor(step, dtype=torch.float32, device=weights.device if fused else "cpu")
 
 
 def _part(flat: Tensor, rank: int, length: int) -> Tensor:

@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from engine_fast.config import RuntimeConfig
 from engine_fast.distributed.presence import beat
-from engine_fast.errors import ConfigError, EngineFastError
+from engine_fast.errors import ConfigError, EngineFastError, PeerError
 
 T = TypeVar("T")
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -46,6 +47,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        """Maximum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""
         if self.size == 1:
@@ -61,16 +68,21 @@ class World:
         return box[0]
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Rank 0's result on every rank; if it raises an EngineFastError, so do they all."""
+        """Rank 0's result on every rank. If it raises, so do they all: the same EngineFastError, or a PeerError
+        with the text of another exception."""
         outcome: tuple[T | None, EngineFastError | None] = (None, None)
+        own: Exception | None = None
         if self.is_main:
             try:
                 outcome = action(), None
-            except EngineFastError as error:
+            except Exception as error:
                 if self.size == 1:
                     raise
-                outcome = None, error
+                own = error
+                outcome = None, error if isinstance(error, EngineFastError) else _elsewhere(0, _describe(error))
         value, failure = self.broadcast(outcome)
+        if own is not None:
+            raise own
         if failure is not None:
             raise failure
         return cast(T, value)
@@ -82,6 +94,21 @@ class World:
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that every rank runs, with no collective inside: what one raises, all raise when it ends.
+
+        A rank that failed raises its own exception, the others a PeerError with the first failure's text.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.gather(_describe(error))
+            raise
+        for rank, failure in enumerate(self.gather("")):
+            if failure:
+                raise _elsewhere(rank, failure)
 
 
 def start(config: RuntimeConfig) -> World:
@@ -118,6 +145,15 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _describe(error: Exception) -> str:
+    """One line for the other ranks; never empty."""
+    return str(error) if isinstance(error, EngineFastError) else f"{type(error).__name__}: {error}"
+
+
+def _elsewhere(rank: int, failure: str) -> PeerError:
+    return PeerError(f"rank {rank} failed, and the others stop with it: {failure}")
 
 
 def _device(config: RuntimeConfig) -> torch.device:

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from engine_fast.distributed.master import QUANTITIES, MasterState, Quantity
 
+_FORM = "form"
+"""Below the target, since DeepSpeed leaves a `latest_universal` beside its output."""
+
 
 def note() -> dict[str, Any]:
     """What DeepSpeed's converter wants to find among a checkpoint's client states."""
@@ -38,12 +41,12 @@ def convert(source: Path, target: Path, *, stage: int, names: list[str]) -> None
     `names`: the trained parameters, in the optimizer's order; a stage-0 file does not have them.
     """
     if stage == 0:
-        _convert_replicated(source, target, names)
+        _convert_replicated(source, target / _FORM, names)
         return
     from deepspeed.checkpoint import ds_to_universal
 
     options = Namespace(
-        input_folder=str(source), output_folder=str(target), num_extract_workers=1, num_merge_workers=1,
+        input_folder=str(source), output_folder=str(target / _FORM), num_extract_workers=1, num_merge_workers=1,
         keep_temp_folder=False, strict=True, inject_missing_state=False,
     )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -56,13 +59,13 @@ def load(directory: Path, master: MasterState) -> None:
     Raises OSError, RuntimeError or KeyError if something is missing or of another shape.
     """
     master.begin()
-    steps = set()
+    form, steps = directory / _FORM / "zero", set()
     for name, parameter in master.parameters():
         for quantity in QUANTITIES:
-            master.put(parameter, quantity, _read(directory / "zero" / name, quantity))
-        if (path := directory / "zero" / name / "step.pt").exists():
-            steps.add(float(torch.load(path, weights_only=False)))
-    common = _load(directory / "zero" / "optimizer_state.pt")
+            master.put(parameter, quantity, _read(form / name, quantity))
+        if (form / name / "step.pt").exists():
+            steps.add(float(_load(form / name / "step.pt")))
+    common = _load(form / "optimizer_state.pt")
     if not steps:  # stage 3
         steps = {float(state["step"]) for state in common["optimizer_state_dict"]["state"].values()}
     if len(steps) != 1:

@@ -8,13 +8,16 @@ from engine_fast.energies.relaxed import (
     inner_positions,
     relaxed_energy,
 )
+from engine_fast.energies.scaling import GradientScale, ScaledHead
 from engine_fast.energies.score import discrete_energy, token_energies
 
 __all__ = [
     "GivenLogits",
+    "GradientScale",
     "KeptLogits",
     "RecomputedLogits",
     "Relaxation",
+    "ScaledHead",
     "discrete_energy",
     "inner_positions",
     "relaxed_energy",

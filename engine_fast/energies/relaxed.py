@@ -6,6 +6,7 @@ which is the end symbol), V vocabulary, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -36,11 +37,17 @@ def inner_positions(target_BT: Tensor) -> Tensor:
     return F.pad(target_BT[:, 1:] != PAD, (0, 1), value=False)
 
 
+class Student(Protocol):
+    """Whose head makes the logits."""
+
+    def project_through(self, hidden: Tensor, through: Callable[[Tensor, Tensor], Any]) -> Any: ...
+
+
 class Logits(Protocol):
     """The student's logits of the M rows, as relaxed_energy needs them: first embedded, then scored."""
 
-    def embed(self, table_VD: Tensor, operator: str, **options: Any) -> Tensor:
-        """(M, D) = O(z) @ table."""
+    def embed(self, teacher: EncoderDecoder, operator: str, **options: Any) -> Tensor:
+        """(M, D) = O(z) @ the teacher's input embeddings."""
         ...
 
     def energy(
@@ -56,8 +63,11 @@ class GivenLogits:
 
     z_MV: Tensor
 
-    def embed(self, table_VD: Tensor, operator: str, **options: Any) -> Tensor:
-        return ops.soft_embedding(self.z_MV, table_VD, operator, **options)
+    def embed(self, teacher: EncoderDecoder, operator: str, **options: Any) -> Tensor:
+        x_MD: Tensor = teacher.embed_through(
+            self.z_MV, lambda z_MV, table_VD: ops.soft_embedding(z_MV, table_VD, operator, **options)
+        )
+        return x_MD
 
     def energy(
         self, hidden_MD: Tensor, teacher: EncoderDecoder, operator: str, reduction: Reduction, **options: Any
@@ -71,7 +81,7 @@ class GivenLogits:
 class KeptLogits:
     """The student's head and O1 in one; the logits are computed once and kept, (M, V), until they are scored."""
 
-    def __init__(self, student: EncoderDecoder, hidden_MD: Tensor) -> None:
+    def __init__(self, student: Student, hidden_MD: Tensor) -> None:
         self._student, self._hidden_MD = student, hidden_MD
         self._given: GivenLogits | None = None
 
@@ -81,11 +91,11 @@ class KeptLogits:
         assert self._given is not None, "embed() comes first"
         return self._given.z_MV
 
-    def embed(self, table_VD: Tensor, operator: str, **options: Any) -> Tensor:
-        x_MD, z_MV = self._student.project_through(
-            self._hidden_MD,
-            lambda hidden, weight: ops.linear_soft_embedding_and_logits(hidden, weight, table_VD, operator, **options),
-        )
+    def embed(self, teacher: EncoderDecoder, operator: str, **options: Any) -> Tensor:
+        def of_student(hidden: Tensor, weight: Tensor, table_VD: Tensor) -> tuple[Tensor, Tensor]:
+            return ops.linear_soft_embedding_and_logits(hidden, weight, table_VD, operator, **options)
+
+        x_MD, z_MV = _through_both(self._student, self._hidden_MD, teacher, of_student)
         self._given = GivenLogits(z_MV)
         return cast(Tensor, x_MD)
 
@@ -99,14 +109,14 @@ class KeptLogits:
 class RecomputedLogits:
     """The student's head fused into both uses: logits exist for a tile of rows at a time, and are computed again."""
 
-    student: EncoderDecoder
+    student: Student
     hidden_MD: Tensor
 
-    def embed(self, table_VD: Tensor, operator: str, **options: Any) -> Tensor:
-        x_MD: Tensor = self.student.project_through(
-            self.hidden_MD,
-            lambda hidden, weight: ops.linear_soft_embedding(hidden, weight, table_VD, operator, **options),
-        )
+    def embed(self, teacher: EncoderDecoder, operator: str, **options: Any) -> Tensor:
+        def of_student(hidden: Tensor, weight: Tensor, table_VD: Tensor) -> Tensor:
+            return ops.linear_soft_embedding(hidden, weight, table_VD, operator, **options)
+
+        x_MD: Tensor = _through_both(self.student, self.hidden_MD, teacher, of_student)
         return x_MD
 
     def energy(
@@ -122,6 +132,15 @@ class RecomputedLogits:
             lambda hidden, weight: teacher.project_through(hidden_MD, lambda h, w: of_student(hidden, weight, h, w)),
         )
         return e
+
+
+def _through_both(
+    student: Student, hidden_MD: Tensor, teacher: EncoderDecoder, make: Callable[[Tensor, Tensor, Tensor], Any]
+) -> Any:
+    """make(hidden, the student's head, the teacher's input embeddings), where both are whole."""
+    return student.project_through(
+        hidden_MD, lambda hidden, weight: teacher.embed_through(hidden, lambda h, table: make(h, weight, table))
+    )
 
 
 def relaxed_energy(
@@ -157,10 +176,10 @@ def relaxed_energy(
         z_MV = logits.z_MV
         logits = GivenLogits(z_MV.log_softmax(-1) if z_MV.dtype == torch.float64 else z_MV.float().log_softmax(-1))
 
-    table_VD = teacher.embedding_table
-    x_MD = logits.embed(table_VD, relaxation.o1, noise=noise[0], temperature=relaxation.temperature)
-    start_B1D = table_VD[EOS].expand(target_BT.shape[0], 1, -1)
-    rest_BTD = x_MD.new_zeros(target_BT.shape[0], target_BT.shape[1] - 1, table_VD.shape[1])
+    # In this order: ZeRO-3 frees a table after the backward pass of its last call only.
+    start_B1D = teacher.decoder.embedding(target_BT.new_full((target_BT.shape[0], 1), EOS))
+    x_MD = logits.embed(teacher, relaxation.o1, noise=noise[0], temperature=relaxation.temperature)
+    rest_BTD = x_MD.new_zeros(target_BT.shape[0], target_BT.shape[1] - 1, x_MD.shape[1])
     rest_BTD = rest_BTD.masked_scatter(inner_BT[:, :-1, None], x_MD)
     hidden_BTD = teacher.forward_embedded(memory, torch.cat([start_B1D, rest_BTD], dim=1))
 

@@ -36,15 +36,23 @@ class Memory:
         return Memory(self.states.index_select(0, indices_B), self.mask.index_select(0, indices_B))
 
 
+class Table(nn.Embedding):
+    """Token embeddings, (V, D). A fused operator is called through it, as through Head."""
+
+    def forward(self, ids: Tensor, through: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """(...,) ids -> (..., D); or, given through, whatever through(ids, weight) makes of them."""
+        return super().forward(ids) if through is None else through(ids, self.weight)
+
+
 class Stack(nn.Module):
     """Token embedding, positions, layers, and the final norm that pre-norm needs."""
 
     layers: nn.ModuleList
 
-    def __init__(self, config: Architecture, vocabulary_size: int, embedding: nn.Embedding | None = None) -> None:
+    def __init__(self, config: Architecture, vocabulary_size: int, embedding: Table | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(vocabulary_size, config.width) if embedding is None else embedding
+        self.embedding = Table(vocabulary_size, config.width) if embedding is None else embedding
         make = SinusoidalPositions if config.positions == "sinusoidal" else LearnedPositions
         self.positions = make(config.max_positions, config.width)
         self.scale = math.sqrt(config.width) if config.scale_embedding else 1.0
@@ -90,7 +98,7 @@ class Encoder(Stack):
 
 
 class Decoder(Stack):
-    def __init__(self, config: Architecture, vocabulary_size: int, embedding: nn.Embedding | None = None) -> None:
+    def __init__(self, config: Architecture, vocabulary_size: int, embedding: Table | None = None) -> None:
         super().__init__(config, vocabulary_size, embedding)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
 
@@ -151,6 +159,15 @@ class EncoderDecoder(nn.Module):
     def project_through(self, hidden: Tensor, through: Callable[[Tensor, Tensor], Any]) -> Any:
         """through(hidden, the head's (V, D) weight), where the weight is whole."""
         return self.output(hidden, through)
+
+    def embed_through(self, x: Tensor, through: Callable[[Tensor, Tensor], Any]) -> Any:
+        """through(x, the decoder's (V, D) input embeddings), where these are whole."""
+        return self.decoder.embedding(x, through)
+
+    def compile_stacks(self) -> None:
+        """torch.compile encoder and decoder, for shapes that change; their calls alone, so that names stay."""
+        for stack in (self.encoder, self.decoder):
+            stack.compile(dynamic=True)
 
     def reset_parameters(self) -> None:
         """Xavier: linear weights Xavier uniform, embeddings N(0, 1/D). Normal: everything N(0, init_std). Biases 0."""

@@ -70,6 +70,8 @@ class Feed:
     batches: tuple[tuple[Batch, float], ...]
     """Micro-batches and their weights: 1, or 0 for a stand-in where this rank has nothing to do."""
     num_target_tokens: int
+    digest: int
+    """Of the sentences of all ranks' micro-batches."""
 
 
 class Feeder:
@@ -113,7 +115,7 @@ class Feeder:
             (self._corpus.collate(part if len(part) else self._stand_in).to(self._device), float(len(part) > 0))
             for part in update.batches
         )
-        return Feed(epoch, self._epoch, self._consumed, batches, update.num_target_tokens)
+        return Feed(epoch, self._epoch, self._consumed, batches, update.num_target_tokens, update.digest)
 
     def _roll(self) -> None:
         if not self._updates:

@@ -16,7 +16,7 @@ from typing import Literal
 from torch import Tensor
 
 from engine_fast.config import RunConfig, TrainConfig
-from engine_fast.distributed import CheckpointStore, Engine, StepResult, World
+from engine_fast.distributed import CheckpointStore, Engine, StepResult, World, require_agreement
 from engine_fast.distributed.presence import beat
 from engine_fast.errors import CheckpointError, DivergenceError
 from engine_fast.training.averaging import ExponentialAverage
@@ -102,6 +102,8 @@ class Trainer:
         started, progress = time.monotonic(), self.progress
         lr = learning_rate(self.config.optim, progress.update, self.config.max_updates)
         feed = self._feeder.take()
+        require_agreement(self._world, self._facts(feed, lr), f"{self.stage}, update {progress.update + 1}")
+        self._engine.prepare([batch for batch, _ in feed.batches])
         for turn, (batch, weight) in enumerate(feed.batches):
             number = turn * self._world.size + self._world.rank
             beat(f"{self.stage}: update {progress.update + 1}, micro-batch {number + 1}")
@@ -124,6 +126,19 @@ class Trainer:
         self._reporter.advance(progress.update)
         if progress.update % self.config.log_every == 0 or self._out_of_data():
             self._write_line(feed, lr, result)
+
+    def _facts(self, feed: Feed, lr: float) -> dict[str, str | int | float | None]:
+        """What every rank must have in common at an update, or the next collective pairs different things."""
+        return {
+            "update": self.progress.update,
+            "seed": self.run_config.seed,
+            "epoch": feed.epoch,
+            "next micro-batch": feed.next_consumed,
+            "micro-batches": len(feed.batches),
+            "target tokens": feed.num_target_tokens,
+            "sentences of the update": feed.digest,
+            "learning rate": lr,
+        }
 
     def _check(self, result: StepResult) -> None:
         """Nothing that is not finite goes on; fp16 alone may skip an update while its loss scale settles."""

@@ -7,7 +7,9 @@ Every total is a sum over target tokens (nats); the loop divides by the global n
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +20,19 @@ from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import EOS, MASK, PAD
 from engine_fast.energies import (
     GivenLogits,
+    GradientScale,
     KeptLogits,
     RecomputedLogits,
     Relaxation,
+    ScaledHead,
     inner_positions,
     relaxed_energy,
     token_energies,
 )
-from engine_fast.models import CMLM, Transformer, shift_right
+from engine_fast.models import CMLM, Memory, Transformer, shift_right
+
+T = TypeVar("T")
+Within = Callable[[Callable[[Transformer], Any]], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +97,18 @@ class EngineObjective(nn.Module):
     """ENGINE (paper, eq. 1): relaxed energy + length_loss_weight * length loss + alpha * cross-entropy.
 
     The student sees masks at every real position. The teacher is frozen: its encoder runs once without a graph,
-    its decoder passes gradients to the student's logits only.
+    its decoder passes gradients to the student's logits only; a float16 one beside a float32 student at a scale that
+    float16 can hold. `within(use)` is use(teacher) where the teacher's weights are whole, for one that is sharded.
     """
 
-    def __init__(self, student: CMLM, teacher: Transformer, config: EngineConfig) -> None:
+    def __init__(
+        self, student: CMLM, teacher: Transformer, config: EngineConfig, *, within: Within | None = None
+    ) -> None:
         super().__init__()
         self.trained = student
-        self._teacher = (teacher,)  # a tuple is not a submodule: never sharded, saved or trained
+        # Tuples are not submodules: the teacher is never sharded with the student, saved or trained.
+        self._teacher, self._within = (teacher,), (within,)
+        self._memories: dict[int, Memory] = {}
         self.config = config
         self.relaxation = Relaxation(config.o1, config.o2, config.temperature, config.stl_logits)
         self._whole_log_probabilities = "STL" in (config.o1, config.o2) and config.stl_logits == "log_probabilities"
@@ -116,27 +128,44 @@ class EngineObjective(nn.Module):
     def teacher(self) -> Transformer:
         return self._teacher[0]
 
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """The teacher's encoder states of an update's micro-batches, made now, for the forward() of each.
+
+        A sharded teacher encodes in forward(): its layers are then gathered in one order, which can be foreseen. One
+        with dropout does too: each micro-batch has a seed of its own, whoever computes it.
+        """
+        if self._within[0] is None and not self.teacher.training:
+            with torch.no_grad():
+                self._memories = {id(batch): self.teacher.encode(batch.source) for batch in batches}
+
     def forward(self, batch: Batch, *, noise: tuple[Tensor | None, Tensor | None] = (None, None)) -> Loss:
         hidden_BTD, length_logits_BL = self._student_states(batch)
         real_BT, inner_BT = batch.target != PAD, inner_positions(batch.target)
-        logits = self._logits(hidden_BTD[inner_BT])
-        with torch.no_grad():
-            memory = self.teacher.encode(batch.source)
-        energy = relaxed_energy(
-            self.teacher, memory, logits, batch.target, self.relaxation, noise=noise, reduction="sum"
-        )
+        scale = self._scale(hidden_BTD)
+        logits = self._logits(hidden_BTD[inner_BT], self.trained if scale is None else ScaledHead(self.trained, scale))
+
+        def energy_under(teacher: Transformer) -> Tensor:
+            memory = self._memories.pop(id(batch), None)
+            if memory is None:
+                with torch.no_grad():
+                    memory = teacher.encode(batch.source)
+            return relaxed_energy(teacher, memory, logits, batch.target, self.relaxation, noise=noise, reduction="sum")
+
+        energy = self._with_teacher(energy_under)
+        energy = energy if scale is None else scale.enter(energy)
         length_loss, length_correct = length_cross_entropy(length_logits_BL, batch.target)
         total = energy + self.config.length_loss_weight * length_loss
         stats = {"energy": energy, "length_loss": length_loss, "length_correct": length_correct}
         if self.config.cross_entropy_weight:
             assert not isinstance(logits, RecomputedLogits)
             z_MV, end_BV = logits.z_MV, self.trained.project(hidden_BTD[real_BT & ~inner_BT])
+            z_MV = z_MV if scale is None else scale.enter(z_MV)
             gold = torch.cat([batch.target[inner_BT], batch.target.new_full((len(end_BV),), EOS)])
             cross_entropy, stats["nll"] = smoothed_cross_entropy(
                 torch.cat([z_MV, end_BV]), gold, self.config.label_smoothing
             )
             total = total + self.config.cross_entropy_weight * cross_entropy
-        return Loss(total, _stats(batch, loss=total, **stats))
+        return Loss(total if scale is None else scale.watch(total), _stats(batch, loss=total, **stats))
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
@@ -146,10 +175,14 @@ class EngineObjective(nn.Module):
         """
         hidden_BTD, length_logits_BL = self._student_states(batch)
         z_MV = self.trained.project(hidden_BTD[inner_positions(batch.target)])
-        memory = self.teacher.encode(batch.source)
-        relaxed = relaxed_energy(self.teacher, memory, z_MV, batch.target, self.relaxation).sum()
         words_BT = batch.target.masked_scatter(inner_positions(batch.target), z_MV.argmax(-1))
-        energy = token_energies(self.teacher, memory, words_BT, real_BT=batch.target != PAD).sum()
+
+        def both_under(teacher: Transformer) -> tuple[Tensor, Tensor]:
+            memory = teacher.encode(batch.source)
+            relaxed = relaxed_energy(teacher, memory, z_MV, batch.target, self.relaxation, reduction="sum")
+            return relaxed, token_energies(teacher, memory, words_BT, real_BT=batch.target != PAD).sum()
+
+        relaxed, energy = self._with_teacher(both_under)
         length_loss, length_correct = length_cross_entropy(length_logits_BL, batch.target)
         stats = {"energy": energy, "relaxed_energy": relaxed, "length_loss": length_loss}
         return _stats(batch, loss=relaxed, length_correct=length_correct, **stats)
@@ -159,13 +192,22 @@ class EngineObjective(nn.Module):
         memory, length_logits_BL = self.trained.encode(batch.source)
         return self.trained.decode(memory, torch.where(batch.target != PAD, MASK, PAD)), length_logits_BL
 
-    def _logits(self, hidden_MD: Tensor) -> GivenLogits | KeptLogits | RecomputedLogits:
+    def _with_teacher(self, use: Callable[[Transformer], T]) -> T:
+        within = self._within[0]
+        return use(self.teacher) if within is None else within(use)
+
+    def _scale(self, hidden: Tensor) -> GradientScale | None:
+        """DeepSpeed scales an fp16 student's loss; nobody scales an fp32 one's."""
+        halved = next(self.teacher.parameters()).dtype == torch.float16 and hidden.dtype == torch.float32
+        return GradientScale() if halved and torch.is_grad_enabled() else None
+
+    def _logits(self, hidden_MD: Tensor, head: CMLM | ScaledHead) -> GivenLogits | KeptLogits | RecomputedLogits:
         """In the form that the configuration asks for; log-probabilities and the alpha term need them whole."""
         if self._whole_log_probabilities:
-            return GivenLogits(self.trained.project(hidden_MD))
+            return GivenLogits(head.project(hidden_MD))
         if self.config.head_memory == "keep" or self.config.cross_entropy_weight:
-            return KeptLogits(self.trained, hidden_MD)
-        return RecomputedLogits(self.trained, hidden_MD)
+            return KeptLogits(head, hidden_MD)
+        return RecomputedLogits(head, hidden_MD)
 
 
 def smoothed_cross_entropy(logits_NV: Tensor, target_N: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine_fast import __version__, ops
 from engine_fast.config import Architecture, RunConfig, TrainConfig
 from engine_fast.data.corpus import ParallelCorpus
 from engine_fast.data.prepared import Prepared
 from engine_fast.data.shards import MANIFEST
 from engine_fast.decoding import greedy, mask_predict
-from engine_fast.distributed import Engine, World, start
+from engine_fast.distributed import Engine, World, require_agreement, shard_frozen, start
 from engine_fast.distributed.presence import beat
 from engine_fast.errors import CheckpointError, VocabularyError, require
 from engine_fast.models import CMLM, Transformer, freeze, load_model, save_model
 from engine_fast.models.store import LoadedModel, copy_matching
+from engine_fast.training.export import assemble
 from engine_fast.training.feeding import Feeder, Subset, fitting
 from engine_fast.training.interrupt import catching_signals
 from engine_fast.training.loop import StageName, Trainer
@@ -111,7 +114,13 @@ def train_engine(
         teacher = cast(Transformer, _load(teacher_dir, "transformer", prepared).model).to(world.device)
         freeze(teacher, dtype=_DTYPES[precision], dropout=config.engine.teacher_dropout)
         teacher.activation_checkpointing = config.engine.teacher_checkpointing
-        return student, lambda module: EngineObjective(cast(CMLM, module), teacher, config.engine)
+        within = None
+        if config.engine.teacher_placement == "sharded":
+            within = shard_frozen(teacher, extra=config.deepspeed)
+            teacher.train(config.engine.teacher_dropout)  # DeepSpeed has put it in training mode
+        if config.engine.teacher_compile:
+            teacher.compile_stacks()
+        return student, lambda module: EngineObjective(cast(CMLM, module), teacher, config.engine, within=within)
 
     models = {"teacher": teacher_dir, "cmlm": cmlm_dir}
     _Job("engine", config, config.engine, prepared, (corpus, valid_corpus), build, _one_pass, models=models).run(
@@ -140,6 +149,7 @@ class _Job:
         if place.is_finished(self.settings, seed=self.config.seed, inputs=inputs):
             return
         world = start(self.config.runtime)
+        require_agreement(world, self._facts(inputs), f"{self.stage}, at its start")
         changes = world.on_main(lambda: place.begin(self.config, self.settings, inputs=inputs, world_size=world.size))
         with catching_signals() as stop:
             beat(f"{self.stage}: building the model")
@@ -149,6 +159,8 @@ class _Job:
             corpus, num_dropped = self._fitting(self.corpora[0], "training corpus", limits)
             valid, num_invalid = self._fitting(self.corpora[1], "dev set", limits)
             engine = Engine(objective_of(model), model, self.settings, extra=self.config.deepspeed, world=world)
+            if self.settings.compile:  # not before: the engine may have copied the model
+                model.compile_stacks()
             trainer = Trainer(
                 self.stage, self.settings, self.config, directory, engine=engine, world=world, stop=stop,
                 teacher=inputs["teacher model"] if self.stage == "engine" else None,
@@ -163,6 +175,7 @@ class _Job:
                     trainer.say(f"{count} {what} are longer than max_positions = {limits.max_positions} and left out")
             for change in changes:
                 trainer.say(f"changed since the last start: {change}")
+            world.on_main(lambda: self._describe(place, model))
             weights = trainer.train()
             world.on_main(lambda: self._export(directory, place, trainer, type(model), limits, weights))
 
@@ -192,6 +205,16 @@ class _Job:
             inputs[f"{name} model"] = _hash_file(_model_directory(path) / "model.safetensors")
         return inputs
 
+    def _facts(self, inputs: dict[str, str]) -> dict[str, str]:
+        """What every rank must have in common before the first update."""
+        settings = {
+            "seed": self.config.seed,
+            **self.settings.model_dump(mode="json"),
+            "deepspeed": self.config.deepspeed,
+        }
+        versions = {"engine_fast": __version__, "torch": torch.__version__, "operators": ops.implementation()}
+        return versions | inputs | {f"{self.stage}.{name}": json.dumps(value) for name, value in settings.items()}
+
     def _fitting(self, corpus: ParallelCorpus, what: str, limits: Architecture) -> Any:
         return fitting(corpus, limits, what=what, has_length_classes=self.stage != "teacher")
 
@@ -208,6 +231,17 @@ class _Job:
             "none" if self.config.data.pretokenised else "13a",
         )
 
+    def _card(self) -> dict[str, Any]:
+        """What a model directory says of its origin."""
+        card = {"stage": self.stage, "seed": self.config.seed, "settings": self.settings.model_dump(mode="json")}
+        if self.stage != "teacher":  # what `translate` takes unless told otherwise
+            card["length_beam"] = getattr(self.config.evaluate, f"{self.stage}_length_beam")
+        return card
+
+    def _describe(self, place: RunDirectory, model: Transformer | CMLM) -> None:
+        vocabularies = self.prepared.source_vocabulary, self.prepared.target_vocabulary
+        place.describe(model.kind, model.architecture, *vocabularies, card=self._card())
+
     def _export(
         self,
         directory: Path,
@@ -218,21 +252,13 @@ class _Job:
         weights: dict[str, Tensor],
     ) -> None:
         vocabularies = self.prepared.source_vocabulary, self.prepared.target_vocabulary
-        model = kind(architecture, len(vocabularies[0]), len(vocabularies[1]))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])
+        model = assemble(kind, architecture, *vocabularies, weights, origin=str(directory / "checkpoints"))
         progress = trainer.progress
-        card = {
-            "stage": self.stage,
-            "seed": self.config.seed,
+        card = self._card() | {
             "updates": progress.update,
             "best_update": progress.best_update,
             self.settings.early_stop.metric: progress.best_score,
-            "settings": self.settings.model_dump(mode="json"),
         }
-        if self.stage != "teacher":  # what `translate` takes unless told otherwise
-            card["length_beam"] = getattr(self.config.evaluate, f"{self.stage}_length_beam")
         save_model(directory / "model", model, *vocabularies, card=card)
         place.finish(updates=progress.update, best_update=progress.best_update, seconds=progress.seconds)
 

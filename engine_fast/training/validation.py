@@ -85,8 +85,11 @@ class Validator:
                 mine = number + world.rank
                 beat(f"validation: loss of batch {mine + 1}")
                 seed_torch(self._seed, "valid", mine)
+                # A rank without a batch of its own computes the first again: a sharded teacher needs all of them.
+                batch = self._batches[mine if mine < len(self._batches) else 0]
+                found = measure(self._corpus.collate(batch).to(world.device))
                 if mine < len(self._batches):
-                    sums.add(measure(self._corpus.collate(self._batches[mine]).to(world.device)))
+                    sums.add(found)
         finally:
             if teacher is not None:
                 teacher.train(was_training)

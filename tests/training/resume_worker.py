@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed import utils
-from torch import Tensor
+from torch import Tensor, distributed
 
-from engine_fast.config import RunConfig, dump_config, load_config
+from engine_fast.config import RunConfig, load_config
 from engine_fast.data.prepared import Prepared
 from engine_fast.distributed.engine import Engine
 from engine_fast.distributed.master import MasterState
 from engine_fast.distributed.runtime import leave
+from engine_fast.errors import CheckpointError
 from engine_fast.training import Interrupted, loop, train_teacher
 from engine_fast.training.checkpoints import Checkpoints
 
@@ -23,6 +27,7 @@ from engine_fast.training.checkpoints import Checkpoints
 def state_of(engine: Engine) -> dict[str, str]:
     """Hashes of every parameter's whole master weight and moments, and Adam's step."""
     master = MasterState(engine._engine, engine.stage)
+    master.begin()  # DeepSpeed's own loading leaves it to the next step to find the moments
     hashes = {}
     for name, parameter in master.parameters():
         if engine.stage:
@@ -73,15 +78,27 @@ def main(config: RunConfig, data: Path, directory: Path, stop: int) -> dict[str,
     return seen
 
 
-def write_config(config: RunConfig, path: Path) -> Path:
-    path.write_text(dump_config(config))
-    return path
+def fill_disk(rank: int) -> None:
+    """Let every file that DeepSpeed writes on this rank fail."""
+    real = torch.save
+
+    def save(*arguments: Any, **options: Any) -> None:
+        if distributed.get_rank() == rank:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*arguments, **options)
+
+    torch.save = save
 
 
 if __name__ == "__main__":
-    result = main(load_config(Path(sys.argv[1]), []), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
-    from torch import distributed
-
+    if "FULL_DISK_ON_RANK" in os.environ:
+        fill_disk(int(os.environ["FULL_DISK_ON_RANK"]))
+    try:
+        result = main(load_config(Path(sys.argv[1]), []), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+    except CheckpointError as error:
+        result = {"error": str(error)}
+    everyone: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everyone, result)
     if distributed.get_rank() == 0:
-        print("RESULT " + json.dumps(result))
+        print("RESULT " + json.dumps(everyone[-1]))
     leave(0)
