@@ -37,7 +37,7 @@ from benchmarks import harness
 from benchmarks.projection import Assumptions, Traffic, project
 from benchmarks.updates import Work, build, micro_batch, update
 from engine_fast import ops
-from engine_fast.config import RunConfig, parse_config
+from engine_fast.config import RunConfig, load_config, parse_config
 from engine_fast.training.plan import Shape, plan_memory
 
 MICRO_BATCHES = 4
@@ -49,7 +49,6 @@ SIZES = {
 }
 """Architecture, vocabulary, sentences and tokens of a micro-batch."""
 _BUCKET = 1_000_000
-_ENGINES: list[Any] = []
 
 
 def make_config(size: str, stage: str, precision: str, zero_stage: int) -> RunConfig:
@@ -107,7 +106,6 @@ def work(task: dict[str, Any]) -> None:
         result = {"peak": max(peaks[name] for name in ("forward", "backward", "step"))}
     else:
         engines = {z: build(config, job, world).engine for z, config in configs.items()}
-        _ENGINES.extend(engines.values())
         numbers = dict.fromkeys(engines, 0)
 
         def advance(z: int) -> float:
@@ -153,15 +151,19 @@ def _traffic(recorder: Any, engine: Any, job: Work, run: Any) -> dict[str, Any]:
     return found
 
 
-def flop_per_micro_batch(config: RunConfig, job: Work) -> float:
-    """Of forward and backward, by torch's own products: the plain definitions of the fused heads."""
+def flop_per_token(run: RunConfig, stage: str) -> float:
+    """Of forward and backward, a target token, by torch's own products: the plain definitions of the fused heads."""
     from engine_fast.distributed import start
 
-    world = start(config.runtime)
-    objective = build(config, job, world).engine._objective
+    tree = run.model_dump(mode="json", exclude_unset=True)
+    tree[stage] |= {"zero_stage": 0, "precision": "fp32"}
+    tree["runtime"] = {"device": "cpu", "threads": 1}
+    config = parse_config(tree)
+    job = Work(stage, run.data.vocabulary.size, 8, 25, 25)
+    objective = build(config, job, start(config.runtime)).engine._objective
     with ops.using("reference"), FlopCounterMode(display=False) as counter:
         objective(micro_batch(job, 0)).total.backward()
-    return float(counter.get_total_flops())
+    return float(counter.get_total_flops()) / (job.sentences * job.target)
 
 
 def figures_of(rows: dict[int, dict[str, Any]]) -> dict[str, float]:
@@ -225,26 +227,69 @@ def _planned(size: str, options: argparse.Namespace, zero_stage: int, ranks: int
 
 
 def projections(
-    rows: dict[int, dict[str, Any]], flop: float, options: argparse.Namespace, assumptions: Assumptions
-) -> list[dict[str, Any]]:
-    """For every stage and number of GPUs, with as many micro-batches an update on each."""
-    found = []
+    rows: dict[int, dict[str, Any]], parameters: int, run: RunConfig, options: argparse.Namespace
+) -> dict[str, Any]:
+    """For every ZeRO stage and number of GPUs: `run`'s model and micro-batch on each, bytes a parameter as counted."""
+    assumptions = Assumptions(**{field.name: getattr(options, field.name) for field in fields(Assumptions)})
+    settings = getattr(run, options.stage)
+    size = plan_memory(run, options.stage, ranks=1).parameters
+    tokens, flop = settings.batch.max_tokens, flop_per_token(run, options.stage)
+    table = []
     for z, row in rows.items():
         micro, rest = (
-            Traffic(row["traffic"][f"{part}_bytes"], row["traffic"][f"{part}_calls"]) for part in ("micro", "update")
+            Traffic(
+                {kind: value * size / parameters for kind, value in row["traffic"][f"{part}_bytes"].items()},
+                row["traffic"][f"{part}_calls"],
+            )
+            for part in ("micro", "update")
         )
         for ranks in PROJECTED:
             each = project(
-                ranks, flop=flop, micro=micro, update=rest, accumulate=options.accumulate, assumptions=assumptions
-            )
-            exposed, hidden = each.efficiency
-            found.append(
-                {
-                    "zero_stage": z, "gpus": ranks, "compute_ms": each.compute * 1e3,
-                    "communication_ms": each.communication * 1e3, "efficiency": exposed, "efficiency_overlapped": hidden,
-                }
+                ranks, flop=tokens * flop, micro=micro, update=rest,
+                accumulate=settings.batch.accumulate, assumptions=assumptions,
             )  # fmt: skip
-    return found
+            exposed, hidden = each.efficiency
+            times = {"compute_ms": each.compute * 1e3, "communication_ms": each.communication * 1e3}
+            shares = {"efficiency": exposed, "efficiency_overlapped": hidden}
+            table.append({"zero_stage": z, "gpus": ranks, **times, **shares})
+    return {
+        "note": "Not measured: a cost model, see benchmarks/projection.py.",
+        "assumptions": asdict(assumptions),
+        "parameters": size,
+        "tokens": tokens,
+        "accumulate": settings.batch.accumulate,
+        "mflop_a_token": flop / 1e6,
+        "rows": table,
+    }
+
+
+def print_projection(found: dict[str, Any], config: str) -> None:
+    assumed = ", ".join(f"{name} {value:g}" for name, value in found["assumptions"].items())
+    print(f"\nPROJECTION, not measured. Assumed: {assumed}.")
+    print(
+        f"{config}: {found['parameters'] / 1e6:.1f} M parameters, {found['tokens']} positions a micro-batch, "
+        f"{found['accumulate']} of them an update and GPU, {found['mflop_a_token']:.0f} MFLOP a position."
+    )
+    print("share of the time that is computation, nothing hidden / all hidden that can be; GPUs:")
+    print("ZeRO " + "".join(f"{ranks:>13}" for ranks in PROJECTED))
+    for z in sorted({row["zero_stage"] for row in found["rows"]}):
+        cells = [
+            f"{row['efficiency']:.2f} / {row['efficiency_overlapped']:.2f}"
+            for row in found["rows"]
+            if row["zero_stage"] == z
+        ]
+        print(f"{z:4} " + "".join(f"{cell:>13}" for cell in cells))
+
+
+def describe(zero_stage: int, row: dict[str, Any], parameters: int) -> str:
+    traffic, peak, planned = row["traffic"], row["peak_mib"], row["planned_mib"]
+    sent = sum(traffic["micro_bytes"].values()) * MICRO_BATCHES / 2 + sum(traffic["update_bytes"].values())
+    return (
+        f"ZeRO {zero_stage}: 2 ranks {row['speedup']:.2f} times 1 (CPU seconds {row['cpu_speedup']:.2f}), sending "
+        f"{row['communication']:.0%}, waiting {row['waiting']:.0%}, {sent / parameters:.1f} bytes a parameter, "
+        f"peak {peak['1']:.0f} and {peak['2']:.0f} MiB (planned {planned['1']:.0f} and {planned['2']:.0f}), "
+        f"losses of 1, 2 and 4 ranks within {row['loss_difference']:.0e}"
+    )
 
 
 def main() -> int:
@@ -258,7 +303,7 @@ def main() -> int:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=3, help="starts of each number of ranks")
     parser.add_argument("--repeats", type=int, default=4, help="timed updates of each ZeRO stage in each start")
-    parser.add_argument("--accumulate", type=int, default=1, help="projection: micro-batches an update and GPU")
+    parser.add_argument("--config", default="configs/wmt16_ro_en.yaml", help="projection: whose model and batches")
     for field in fields(Assumptions):
         kind = int if isinstance(field.default, int) else float
         flag = "--" + field.name.replace("_", "-")
@@ -271,30 +316,12 @@ def main() -> int:
         work(json.loads(options.worker))
         return 0
     size = "quick" if options.quick else "full"
-    assumptions = Assumptions(**{field.name: getattr(options, field.name) for field in fields(Assumptions)})
     torch.set_num_threads(1)
     rows, parameters = measure(size, options)
     for z, row in rows.items():
-        sent = sum(row["traffic"]["micro_bytes"].values()) * MICRO_BATCHES / 2 + sum(
-            row["traffic"]["update_bytes"].values()
-        )
-        print(
-            f"ZeRO {z}: 2 ranks {row['speedup']:.2f} times 1 (CPU seconds {row['cpu_speedup']:.2f}), communication "
-            f"{row['communication']:.0%}, waiting {row['waiting']:.0%}, {sent / parameters:.1f} bytes a parameter, "
-            f"peak {row['peak_mib']['1']:.0f} and {row['peak_mib']['2']:.0f} MiB (planned {row['planned_mib']['1']:.0f} "
-            f"and {row['planned_mib']['2']:.0f}), losses of 1, 2 and 4 ranks within {row['loss_difference']:.0e}",
-            flush=True,
-        )
-    config, job = make_config(size, options.stage, options.precision, 0 if options.precision == "fp32" else 1), None
-    job = make_work(size, options.stage, 1)
-    flop = flop_per_micro_batch(config, job)
-    table = projections(rows, flop, options, assumptions)
-    print("\nPROJECTION, not measured; assumed: " + ", ".join(f"{k} {v:g}" for k, v in asdict(assumptions).items()))
-    print(f"{flop / 1e9:.1f} GFLOP a micro-batch of {job.sentences * job.target} target tokens")
-    print("efficiency without and with overlap\nZeRO " + "".join(f"{ranks:>13}" for ranks in PROJECTED))
-    for z in rows:
-        cells = [f"{e['efficiency']:.2f} / {e['efficiency_overlapped']:.2f}" for e in table if e["zero_stage"] == z]
-        print(f"{z:4} " + "".join(f"{cell:>13}" for cell in cells))
+        print(describe(z, row, parameters), flush=True)
+    projected = projections(rows, parameters, load_config(options.config), options)
+    print_projection(projected, options.config)
     if options.quick:
         return 0
     figures = figures_of(rows)
@@ -304,10 +331,7 @@ def main() -> int:
         "stage": options.stage, "precision": options.precision, "parameters": parameters,
         "micro_batches": MICRO_BATCHES, "figures": figures, "below_floor": problems,
         "zero_stages": {str(z): row for z, row in rows.items()},
-        "projection": {
-            "note": "Not measured: a cost model, see benchmarks/projection.py.", "assumptions": asdict(assumptions),
-            "gflop_a_micro_batch": flop / 1e9, "rows": table,
-        },
+        "projection": projected,
     }  # fmt: skip
     path = harness.write_results("scaling", content)
     print(f"written: {path.relative_to(harness.RESULTS.parent.parent)}")

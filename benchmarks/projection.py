@@ -4,8 +4,8 @@
 
 ratio: the share of a tensor's bytes that each rank sends: 2 (R - 1) / R to reduce it for all, (R - 1) / R to gather or
 scatter it (a ring moves no less). hops: 2 log2 R or log2 R of a tree. Within a node the bandwidth is NVLink's, beyond
-it the network's share of a GPU. Bytes and calls of each ZeRO stage are those counted on two ranks, per micro-batch and per update;
-compute is FLOP a token over the assumed rate.
+it the network's share of a GPU. Bytes a parameter and calls of each ZeRO stage are those counted on two ranks, per
+micro-batch and per update; compute is FLOP over the assumed rate.
 """
 
 from __future__ import annotations
