@@ -7,13 +7,13 @@
 #   PYTHON   default python3
 #   WHEELS   a folder of wheels to install first; default none
 #   OUT      where the log and the result are copied; default nowhere
-#   SECONDS_IN_ALL   the whole ends by then; default 230
+#   SECONDS_IN_ALL   the whole ends by then; default 230, of a dry run 900
 #   BUILT=1  the extension is there already (benchmarks/gpu/kernels.sh in the same checkout): do not build it again
 #   DRY=1    try the script itself: small models on the CPU, nothing is installed or kept as a result
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
-in_all=${SECONDS_IN_ALL:-230}
+in_all=${SECONDS_IN_ALL:-$([ "${DRY:-0}" = 1 ] && echo 900 || echo 230)}
 work=build/gpu
 mkdir -p "$work"
 log=$work/zero.txt
@@ -48,12 +48,12 @@ else
   fi
   arguments=(--device cuda)
 fi
-left=$((in_all - SECONDS - 5))
+left=$((in_all - SECONDS - 15))
 if [ "$left" -lt 10 ]; then
   echo "no time left to measure: $SECONDS of $in_all s went into the build" | tee -a "$log"
   exit 1
 fi
 rc=0
-timeout --kill-after=5 "$((left + 5))" "$python" -m benchmarks.bench_zero "${arguments[@]}" --seconds "$left" 2>&1 |
+timeout --kill-after=5 "$((left + 10))" "$python" -m benchmarks.bench_zero "${arguments[@]}" --seconds "$left" 2>&1 |
   tee -a "$log" || rc=$?
 exit "$rc"
