@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import harness
 from benchmarks.updates import Work
 from engine_fast.config import RunConfig, parse_config
@@ -85,8 +87,6 @@ def measure_here(case: str, size: str, device: str) -> dict[str, float]:
     world = start(config.runtime)
     run_in, timed = (4, 12) if size == "full" else (2, 3)
     if device == "cuda":
-        import torch
-
         built: list[updates.Training] = []
 
         def build() -> updates.Training:
@@ -156,11 +156,16 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="small models, for a try of the script itself")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda, and nothing where there is none")
     parser.add_argument("--seconds", type=float, default=200, help="no case is started after these")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device is None:
+        if not torch.cuda.is_available():
+            print("left out: it needs a GPU. --quick --device cpu tries the script itself.")
+            return 0
+        options.device = "cuda"
     size = "quick" if options.quick else "full"
     if options.measure:
         print("RESULT " + json.dumps(measure_here(options.measure, size, options.device)), flush=True)
