@@ -46,9 +46,11 @@ demo: install  ## generated corpus to ENGINE student, with a report (minutes on 
 
 # One thread a worker: torch's own pool in each of them makes two cores slower, not faster.
 test: install  ## the test suite
+	@tests/cluster/install.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests $(ARGS)
 
 test-slow: install  ## the tests that take minutes
+	@tests/cluster/install.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests $(ARGS)
 
 check: install  ## ruff, formatting, mypy, import-linter

@@ -40,6 +40,8 @@ from engine_fast.training.objectives import CMLMObjective, EngineObjective, Teac
 
 SUBJECTS = ("teacher", "cmlm", "engine", "head")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COMPILED_STUDENT, COMPILED_TEACHER = ("compiled_student", "compiled"), ("compiled_teacher", "compiled")
+"""Ways of `ours` with torch.compile around stacks: benchmarks/bench_compile.py."""
 PROVIDERS = {
     "teacher": ("ours-fp32", "ours-bf16", "peer-fp32"),
     "cmlm": ("ours-fp32", "ours-bf16", "peer-fp32"),
@@ -118,6 +120,9 @@ def make_step(subject: str, provider: str, size: Size, device: str = "cpu") -> S
     if teacher is not None and student is not None:
         student.train()
         teacher.eval().requires_grad_(not ours)
+        for model, ways in ((student, COMPILED_STUDENT), (teacher, COMPILED_TEACHER)):
+            if way in ways:
+                model.compile_stacks()
         if ours:
             head_memory: Literal["keep", "recompute"] = "recompute" if way == "ours_recompute" else "keep"
             engine = EngineObjective(student, teacher, EngineConfig(o1="SX", o2="ST", head_memory=head_memory))
@@ -155,7 +160,7 @@ def measure_speed(subject: str, size: Size, rates: dict[str, float], device: str
             with FlopCounterMode(display=False) as counter:
                 replace(step, loss=step.definition or step.loss).run(batch)
             flops[name] += counter.get_total_flops()
-        run = {name: _bind(step, batch) for name, step in steps.items()}
+        run = {name: bind(step, batch) for name, step in steps.items()}
         timed = harness.interleave(run, rounds=size.rounds, device=device)
         for name, row in timed.items():
             seconds[name] += row["seconds"]
@@ -323,7 +328,7 @@ def _masks(batch: Batch) -> Tensor:
     return masks
 
 
-def _bind(step: Step, batch: Batch) -> Callable[[], None]:
+def bind(step: Step, batch: Batch) -> Callable[[], None]:
     return lambda: step.run(batch)
 
 

@@ -34,6 +34,10 @@ class DistributedError(EngineFastError):
     """The processes of a run do not fit together, or have lost one another."""
 
 
+class PeerError(DistributedError):
+    """Another process of the run failed or is gone, and this one stops with it; the cause is the other's."""
+
+
 class BuildError(EngineFastError):
     """The compiled extension is missing, broken or not usable on this machine."""
 

@@ -55,7 +55,7 @@ def distill(
     prepared = Prepared.open(data)
     with only_one(out) if rank == 0 else nullcontext():
         corpus = run(teacher, prepared, config, out, split=split, rank=rank, world_size=world_size, device=where)
-    if rank == 0:
+    if corpus is not None:
         print(f"{out}: {len(corpus)} pairs", file=sys.stderr)
 
 

@@ -1,7 +1,7 @@
 """The `engine-fast` program: a table of commands, each loaded only when it is called, and one way to fail.
 
 Exit codes: 0 done; 2 a mistake that the message explains (ours to name, the user's to mend); 130 interrupted, with the
-state saved; 1 a bug, with its traceback.
+state saved; 143 ended because another rank did; 1 a bug, with its traceback.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import errno
 import importlib
 import os
 import sys
+import traceback
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from engine_fast.errors import EngineFastError
+from engine_fast.distributed import presence
+from engine_fast.errors import EngineFastError, PeerError
 
 # name -> (sibling module, help). The function in the module bears the module's name. `import` is a keyword of Python.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -28,6 +30,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "score": ("score", "Energy of each translation under a teacher, in nats, one per line."),
     "evaluate": ("evaluate", "Measure every system of a run again: BLEU, chrF, energy, repetition, speed."),
     "report": ("report", "Write a run's report.html from its results."),
+    "launch": ("launch", "Run a recipe or a command on many ranks: hosts, SLURM, torchrun; watched and restarted."),
+    "export": ("export", "Turn a checkpoint of a stage, finished or not, into a model directory."),
     "import": ("import_", "Turn a fairseq-style checkpoint into a model directory."),
     "doctor": ("doctor", "Say what is installed, compiled and usable, and what to do about the rest."),
 }
@@ -53,6 +57,8 @@ class LazyGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except PeerError as error:
+            _fail(str(error), 143)
         except EngineFastError as error:
             _fail(str(error), 2)
         except KeyboardInterrupt as error:
@@ -77,7 +83,11 @@ def load_command(name: str) -> Any:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"engine-fast: {message}", file=sys.stderr)
+    presence.explain({130: "interrupted", 143: "ended"}.get(code, "mistake"), message)
+    try:
+        print(f"engine-fast: {message}", file=sys.stderr)
+    except OSError:
+        pass  # a launched rank's standard error is a file, perhaps on the disk that is full
     raise typer.Exit(code)
 
 
@@ -104,14 +114,29 @@ def _root(
 
 def main() -> None:
     """Entry point of the console script."""
+    presence.attach()
     try:
         app()
     except SystemExit as ended:
-        if "RANK" in os.environ and isinstance(ended.code, int | None):
-            from engine_fast.distributed.runtime import leave
-
-            leave(ended.code or 0)
+        code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+        presence.finished(code)
+        _leave(code)
         raise
+    except BaseException as error:
+        text = traceback.format_exc()
+        presence.explain("exception", f"{type(error).__name__}: {error}", traceback=text)
+        if presence.is_watched():
+            print(text, file=sys.stderr, flush=True)
+            presence.finished(1)
+            _leave(1)
+        raise
+
+
+def _leave(code: int) -> None:
+    if "torch.distributed" in sys.modules and "RANK" in os.environ:
+        from engine_fast.distributed.runtime import leave
+
+        leave(code)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ class RuntimeConfig(Section):
     """auto = cuda where torch sees one."""
     threads: NonNegativeInt = 0
     """CPU threads a process; 0 = torch's choice divided by the processes on this host."""
+    collective_timeout_seconds: NonNegativeInt = 0
+    """A rank that waits so long for the others ends with an error; 0 = torch's choice, 10 to 30 minutes."""
     tensorboard: bool = True
     """Also write TensorBoard event files."""
     min_free_bytes: NonNegativeInt = 100_000_000

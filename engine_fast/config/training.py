@@ -21,7 +21,7 @@ OperatorName = Literal["SX", "STL", "SG", "ST", "GX"]
 
 
 class BatchConfig(Section):
-    """One update = `accumulate` micro-batches on each rank."""
+    """One update = `accumulate` micro-batches on each rank, or `micro_batches` over all of them."""
 
     max_tokens: PositiveInt = 4096
     """Target tokens per rank and micro-step, padding included."""
@@ -30,7 +30,18 @@ class BatchConfig(Section):
     length_buckets: PositiveInt = 16
     """Sorted pools per epoch at most, each of 256 micro-batches or more; 1 sorts the whole epoch."""
     accumulate: PositiveInt = 1
-    """Micro-batches per update."""
+    """Micro-batches per update and rank: twice the ranks, twice the batch."""
+    micro_batches: PositiveInt | None = None
+    """Micro-batches per update over all ranks together: the same updates at any number of ranks. Without accumulate."""
+
+    @model_validator(mode="after")
+    def _one_way_to_count(self) -> BatchConfig:
+        if self.micro_batches is not None and self.accumulate != 1:
+            raise ValueError(
+                f"micro_batches = {self.micro_batches} already says how many micro-batches an update has: "
+                f"leave accumulate at 1, got {self.accumulate}"
+            )
+        return self
 
 
 class OptimConfig(Section):

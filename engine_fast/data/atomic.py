@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ from pathlib import Path
 from engine_fast.errors import ConfigError, DataError
 
 _LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system without locks answers, some parallel ones among them."""
 _MOMENTS = 60.0
 """Seconds after which a sibling without a lock is nobody's."""
 
@@ -44,7 +47,11 @@ def new_directory(final: Path, *, marker: str) -> Iterator[Path]:
         with writing(final):
             temporary.chmod(0o777 & ~_umask())
             lock = os.open(temporary / _LOCK, os.O_CREAT | os.O_RDWR)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
             yield temporary
             (temporary / _LOCK).unlink()
             sync_directory(temporary)
@@ -59,6 +66,7 @@ def new_directory(final: Path, *, marker: str) -> Iterator[Path]:
 def only_one(directory: Path) -> Iterator[None]:
     """Make `directory` and hold its .lock, so that two commands never write into it at once.
 
+    Warns where the file system has no locks, and goes on: then nothing stops a second command.
     Raises ConfigError when another process holds the lock, or a file stands where the directory should be.
     """
     try:
@@ -72,7 +80,30 @@ def only_one(directory: Path) -> Iterator[None]:
             raise ConfigError(
                 f"{directory}: another engine-fast works here. Wait for it, or choose another --out."
             ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            warnings.warn(
+                f"{directory}: this file system has no locks ({error.strerror}), so nothing stops a second command "
+                "from writing here at the same time. See to it that there is none.",
+                stacklevel=3,
+            )
         yield
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a process is seen to hold only_one(directory): its death ends that, also of kill -9 and on another host.
+
+    False also where locks cannot be seen, as on a network file system that keeps them to each host.
+    """
+    try:
+        with (directory / _LOCK).open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 @contextmanager
@@ -140,6 +171,10 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         except BlockingIOError:
             pass  # its writer is alive
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            # it may be alive: what was left behind stays
         finally:
             os.close(descriptor)
 

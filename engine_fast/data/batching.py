@@ -68,6 +68,8 @@ class Update:
     """Of all ranks and micro-batches together, padding excluded."""
     num_sentences: int
     """Of all ranks and micro-batches together."""
+    num_micro_batches: int
+    """Of all ranks together, the empty ones excluded."""
     digest: int
     """CRC-32 of all their sentence indices, in order."""
 
@@ -76,9 +78,10 @@ class BatchPlan:
     """The order of a corpus in any epoch.
 
     An epoch shuffles the N sentences, deals them into pools, sorts each pool by length, packs neighbours greedily into
-    micro-batches with max(S, T) * B <= max_tokens, shuffles the micro-batches and gives accumulate * world_size of
-    them to each update. Micro-batch a of rank r in an update is number a * world_size + r. The last update may be
-    short: then some are empty arrays. Every sentence occurs exactly once an epoch, on one rank.
+    micro-batches with max(S, T) * B <= max_tokens, shuffles the micro-batches and gives M of them to each update:
+    batch.micro_batches, or accumulate * world_size. Every rank does ceil(M / world_size) of them; micro-batch a of
+    rank r in an update is number a * world_size + r, and an empty array if there is no such number. The last update
+    may be short. Every sentence occurs exactly once an epoch, on one rank.
     """
 
     def __init__(self, corpus: Sized, batch: BatchConfig, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -96,17 +99,22 @@ class BatchPlan:
         pools = int(longest.sum(dtype=np.int64)) // (batch.max_tokens * _BATCHES_PER_POOL)
         self._num_pools = min(max(pools, 1), batch.length_buckets)
 
-    def updates(self, epoch: int) -> list[Update]:
-        """All updates of an epoch, a function of (seed, epoch) alone; to resume in mid-epoch, slice the list."""
+    def updates(self, epoch: int, *, consumed: int = 0) -> list[Update]:
+        """The updates of an epoch that follow its first `consumed` micro-batches.
+
+        Which micro-batches an epoch has, and in which order, is a function of (seed, epoch) alone: a run that goes on
+        with another number of ranks, or of micro-batches an update, repeats and skips none.
+        """
         batches = self._micro_batches(epoch)
-        per_update = self._batch.accumulate * self._world_size
+        per_update = self._batch.micro_batches or self._batch.accumulate * self._world_size
+        per_rank = -(-per_update // self._world_size)
         result = []
-        for start in range(0, len(batches), per_update):
+        for start in range(consumed, len(batches), per_update):
             group = batches[start : start + per_update]
             mine = group[self._rank :: self._world_size]
-            mine += [_EMPTY] * (self._batch.accumulate - len(mine))
+            mine += [_EMPTY] * (per_rank - len(mine))
             tokens = sum(int(self._target[part].sum(dtype=np.int64)) for part in group)
-            result.append(Update(tuple(mine), tokens, sum(map(len, group)), _digest(group)))
+            result.append(Update(tuple(mine), tokens, sum(map(len, group)), len(group), _digest(group)))
         return result
 
     def padding_share(self, epoch: int) -> float:

@@ -190,6 +190,13 @@ def load_vocabulary(path: Path) -> Vocabulary:
     raise VocabularyError(f"{path}: a vocabulary file ends in .model (SentencePiece) or .dict.txt (fairseq).")
 
 
+def save_pair(directory: Path, source: Vocabulary, target: Vocabulary) -> dict[str, str]:
+    """Write both sides' vocabularies, one file if they are one; returns {"source": name, "target": name}."""
+    if source.fingerprint == target.fingerprint:
+        return dict.fromkeys(("source", "target"), target.save(directory, "joint"))
+    return {"source": source.save(directory, "source"), "target": target.save(directory, "target")}
+
+
 def _check_ids(ids: list[int], size: int) -> None:
     if ids and not 0 <= min(ids) <= max(ids) < size:
         wrong = next(number for number in ids if not 0 <= number < size)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,12 +32,12 @@ from engine_fast.data.corpus import ParallelCorpus
 from engine_fast.data.prepared import Prepared
 from engine_fast.data.shards import ShardWriter
 from engine_fast.decoding.translate import DecodeSettings, Translator
+from engine_fast.distributed.presence import beat
 from engine_fast.errors import CheckpointError, DataError
 from engine_fast.models import LoadedModel, Transformer
 
 REPORT = "distill.json"
 CORPUS = "corpus"
-_POLL_SECONDS = 0.5
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Ids = NDArray[np.int32]
@@ -69,13 +68,14 @@ def distill(
     world_size: int = 1,
     device: torch.device | str = "cpu",
     show_progress: bool = True,
-) -> ParallelCorpus:
-    """Translate a split's sources with the teacher and write the pairs; returns the finished corpus.
+) -> ParallelCorpus | None:
+    """Translate a split's sources with the teacher and write the pairs; returns the finished corpus on rank 0.
 
     Written under `directory`: corpus/ (shards: the source's own ids, the beam's ids, n_best pairs per source in a row),
     source.txt and target.txt (the same as text), distill.json (counts; last, so its presence means done). Until then
     each chunk is a file of its own, complete or absent: the same call again goes on where it stopped. Chunks are
-    dealt to ranks; a rank that is done takes over what is still missing. Rank 0 assembles, the others wait for it.
+    dealt to ranks; a rank that is done takes over what is still missing. Rank 0 assembles when all chunks are there;
+    the others return None by then, and wait for nobody. Ranks share the directory and nothing else.
 
     A result made from another model, other data or another config is replaced; one that agrees is returned at once.
     Raises VocabularyError when teacher and data differ in vocabulary, CheckpointError for a model without beam search.
@@ -87,7 +87,7 @@ def distill(
     corpus.require_vocabularies(loaded.source_vocabulary.fingerprint, loaded.target_vocabulary.fingerprint)
     key = _key(loaded.model, corpus, config)
     if _finished(directory, key):
-        return ParallelCorpus.open(directory / CORPUS)
+        return ParallelCorpus.open(directory / CORPUS) if rank == 0 else None
     chunks = directory / f"chunks-{key[:16]}"
     with writing(chunks):
         chunks.mkdir(parents=True, exist_ok=True)
@@ -111,20 +111,21 @@ def distill(
                 advance(sizes[number])  # another rank's work since the start
                 continue
             sources = [corpus.source(starts[number] + i) for i in range(sizes[number])]
+            beat(f"distill: chunk {number + 1}")
             chunk = _search(Translator(teacher, settings), sources, advance)
             try:
                 _write_chunk(paths[number], chunk)
             except DataError:
-                # Another rank was quicker, rank 0 has assembled everything, and the folder of chunks is gone.
-                if not _finished(directory, key):
+                # Another rank was quicker, rank 0 has assembled everything, and the folder of chunks is gone. A file
+                # server may show that before it shows the report.
+                if not _finished(directory, key) and (rank == 0 or chunks.is_dir()):
                     raise
     if rank == 0:
         _assemble(directory, key, corpus, paths, config, prepared)
-    while not _finished(directory, key):
-        time.sleep(_POLL_SECONDS)
-    # By every rank, after its own last chunk: one that came late may have written into a folder that was being removed.
-    shutil.rmtree(chunks, ignore_errors=True)
-    return ParallelCorpus.open(directory / CORPUS)
+    if _finished(directory, key):
+        # By every rank, after its own last chunk: it may have come late, into a folder that was being removed.
+        shutil.rmtree(chunks, ignore_errors=True)
+    return ParallelCorpus.open(directory / CORPUS) if rank == 0 else None
 
 
 def _key(model: nn.Module, corpus: ParallelCorpus, config: DistillConfig) -> str:
@@ -212,6 +213,7 @@ def _assemble(
     ):
         index = 0
         for path in paths:
+            beat(f"distill: assembling {path.name}")
             chunk = _read_chunk(path)
             targets = iter(np.split(chunk.tokens, np.cumsum(chunk.lengths)[:-1]))
             for count in chunk.counts.tolist():
@@ -268,4 +270,9 @@ def _progress(total: int, done: int, shown: bool) -> Iterator[Callable[[int], No
     columns = (TextColumn("distill"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
         task = progress.add_task("distill", total=total, completed=done)
-        yield lambda count: progress.advance(task, count)
+
+        def advance(count: int) -> None:
+            beat("distill: translating")
+            progress.advance(task, count)
+
+        yield advance

@@ -14,10 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from engine_fast.config import OptimConfig, TrainConfig
+from engine_fast.distributed import universal
+from engine_fast.distributed.master import MasterState
 from engine_fast.distributed.quiet import quiet
 from engine_fast.distributed.runtime import World
 from engine_fast.distributed.settings import deepspeed_config
 from engine_fast.errors import CheckpointError, ConfigError
+
+TAG = "deepspeed"
+"""Name of DeepSpeed's directory in a snapshot."""
+_UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, AssertionError, EOFError, IndexError)
+_SETTINGS = ("betas", "eps", "weight_decay")
 
 
 class Costed(Protocol):
@@ -165,20 +172,73 @@ class Engine:
                 parameter.copy_(weights[name])
         yield model
 
+    # ------------------------------------------------------------ checkpoints
+
     def save(self, directory: Path) -> None:
-        """Write DeepSpeed's own files: optimiser state and weights of every rank, for `load`."""
-        with quiet():
-            self._engine.save_checkpoint(str(directory), tag="deepspeed", save_latest=False)
+        """Write DeepSpeed's own files: optimiser state and weights of every rank, for `load`.
+
+        Collective, also where it fails: a rank that could not write raises OSError or RuntimeError after the last of
+        DeepSpeed's barriers, in which the others would have waited for it.
+        """
+        self._master.begin()
+        with quiet(), _failing_late(self._engine):
+            self._engine.save_checkpoint(str(directory), tag=TAG, client_state=universal.note(), save_latest=False)
 
     def load(self, directory: Path) -> None:
-        """Continue from `save`. Raises CheckpointError if DeepSpeed cannot read it."""
+        """Continue from `save` at this number of ranks, stage and precision. Bit by bit."""
+        with self._loading(directory), self._own_settings():
+            path, _ = self._engine.load_checkpoint(str(directory), tag=TAG)
+            if path is None:
+                raise OSError("it holds no DeepSpeed state")
+
+    def convert(self, directory: Path, target: Path, *, stage: int) -> None:
+        """Write the universal form of what `save` wrote at `stage`, at any number of ranks. Rank 0 alone calls it."""
+        names = [name for name, _ in self._master.parameters()]
+        try:
+            universal.convert(directory / TAG, target, stage=stage, names=names)
+        except _UNREADABLE as error:
+            raise CheckpointError(
+                f"{directory}: could not be converted for another number of ranks, ZeRO stage or precision "
+                f"({_line(error)}). Continue with those that it was written with."
+            ) from error
+
+    def load_universal(self, directory: Path) -> None:
+        """Continue from `convert`: the master weights and Adam's state are those that were saved, bit by bit."""
+        with self._loading(directory):
+            universal.load(directory, self._master)
+
+    def put_weights(self, weights: dict[str, Tensor]) -> None:
+        """The opposite of `weights`, into the master weights alone: `load` or `load_universal` must follow."""
+        for name, parameter in self.trained.named_parameters():
+            self._master.put(parameter, "fp32", weights[name])
+
+    @property
+    def _master(self) -> MasterState:
+        return MasterState(self._engine, self.stage)
+
+    @contextmanager
+    def _loading(self, directory: Path) -> Iterator[None]:
+        """Every rank raises the same CheckpointError if one cannot read what is there."""
+        failure = ""
         try:
             with quiet():
-                path, _ = self._engine.load_checkpoint(str(directory), tag="deepspeed")
-        except (OSError, RuntimeError, KeyError, ValueError, AssertionError, EOFError) as error:
-            raise CheckpointError(f"{directory}: DeepSpeed cannot load it ({error}).") from error
-        if path is None:
-            raise CheckpointError(f"{directory}: holds no DeepSpeed state. Start in another directory.")
+                yield
+        except _UNREADABLE as error:
+            failure = _line(error)
+        if failures := [text for text in self.world.gather(failure) if text]:
+            raise CheckpointError(f"{directory}: cannot be loaded ({failures[0]}). Remove it to use the one before.")
+
+    @contextmanager
+    def _own_settings(self) -> Iterator[None]:
+        """A checkpoint brings its run's betas, eps, weight decay and clipping along; ours hold."""
+        optimizer = self._engine.optimizer
+        ours = [{name: group[name] for name in _SETTINGS if name in group} for group in optimizer.param_groups]
+        clip_grad = getattr(optimizer, "clip_grad", None)
+        yield
+        for group, settings in zip(optimizer.param_groups, ours, strict=True):
+            group.update(settings)
+        if clip_grad is not None:
+            optimizer.clip_grad = clip_grad
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Stage 0 only, between reduction and update: norm, clipping, and no update at all if it is not finite."""
@@ -191,6 +251,32 @@ class Engine:
                 parameter.grad = None  # Adam leaves a parameter without a gradient alone
         elif self._clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+
+
+@contextmanager
+def _failing_late(engine: Any) -> Iterator[None]:
+    """Let engine.save_checkpoint come to its end on a rank that cannot write, and raise then."""
+    failures: list[Exception] = []
+    write = engine.checkpoint_engine.save
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            write(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            failures.append(error)
+
+    engine.checkpoint_engine.save = save
+    engine._copy_recovery_script = lambda path: None  # could fail too, and `engine-fast export` is ours
+    try:
+        yield
+    finally:
+        del engine.checkpoint_engine.save, engine._copy_recovery_script
+    if failures:
+        raise failures[0]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:

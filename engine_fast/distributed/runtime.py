@@ -7,8 +7,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
@@ -16,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine_fast.config import RuntimeConfig
-from engine_fast.errors import ConfigError, EngineFastError
+from engine_fast.distributed.presence import beat
+from engine_fast.errors import ConfigError, EngineFastError, PeerError
 
 T = TypeVar("T")
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -65,16 +68,21 @@ class World:
         return box[0]
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Rank 0's result on every rank; if it raises an EngineFastError, so do they all."""
+        """Rank 0's result on every rank. If it raises, so do they all: the same EngineFastError, or a PeerError
+        with the text of another exception."""
         outcome: tuple[T | None, EngineFastError | None] = (None, None)
+        own: Exception | None = None
         if self.is_main:
             try:
                 outcome = action(), None
-            except EngineFastError as error:
+            except Exception as error:
                 if self.size == 1:
                     raise
-                outcome = None, error
+                own = error
+                outcome = None, error if isinstance(error, EngineFastError) else _elsewhere(0, _describe(error))
         value, failure = self.broadcast(outcome)
+        if own is not None:
+            raise own
         if failure is not None:
             raise failure
         return cast(T, value)
@@ -86,6 +94,21 @@ class World:
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that every rank runs, with no collective inside: what one raises, all raise when it ends.
+
+        A rank that failed raises its own exception, the others a PeerError with the first failure's text.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.gather(_describe(error))
+            raise
+        for rank, failure in enumerate(self.gather("")):
+            if failure:
+                raise _elsewhere(rank, failure)
 
 
 def start(config: RuntimeConfig) -> World:
@@ -105,7 +128,9 @@ def start(config: RuntimeConfig) -> World:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read once, when deepspeed is imported
     else:
         torch.cuda.set_device(device)
-    _join(device)
+    beat("meeting the other ranks")
+    _join(device, config.collective_timeout_seconds)
+    beat("met the other ranks")
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -120,6 +145,15 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _describe(error: Exception) -> str:
+    """One line for the other ranks; never empty."""
+    return str(error) if isinstance(error, EngineFastError) else f"{type(error).__name__}: {error}"
+
+
+def _elsewhere(rank: int, failure: str) -> PeerError:
+    return PeerError(f"rank {rank} failed, and the others stop with it: {failure}")
 
 
 def _device(config: RuntimeConfig) -> torch.device:
@@ -141,7 +175,7 @@ def _set_threads(config: RuntimeConfig) -> None:
             torch.set_num_threads(max(1, torch.get_num_threads() // local))
 
 
-def _join(device: torch.device) -> None:
+def _join(device: torch.device, timeout_seconds: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
@@ -160,4 +194,5 @@ def _join(device: torch.device) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         atexit.register(dist.destroy_process_group)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    limits = {"timeout": timedelta(seconds=timeout_seconds)} if timeout_seconds else {}
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, **limits)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from engine_fast import __version__
 from engine_fast.config import Architecture
-from engine_fast.data.vocabulary import Vocabulary, load_vocabulary
+from engine_fast.data.vocabulary import Vocabulary, load_vocabulary, save_pair
 from engine_fast.errors import CheckpointError, DataError, VocabularyError
 from engine_fast.models.cmlm import CMLM
 from engine_fast.models.stacks import EncoderDecoder
@@ -64,9 +64,7 @@ def save_model(
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as name:
             fresh = Path(name) / directory.name
             fresh.mkdir()
-            joint = source_vocabulary.fingerprint == target_vocabulary.fingerprint
-            files = {"target": target_vocabulary.save(fresh, "joint" if joint else "target")}
-            files["source"] = files["target"] if joint else source_vocabulary.save(fresh, "source")
+            files = save_pair(fresh, source_vocabulary, target_vocabulary)
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in unique_state(model).items()}
             save_file(weights, fresh / WEIGHTS, metadata={"format": "pt"})
             config = {

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engine_fast.data.atomic import is_held
 from engine_fast.distributed import World
-from engine_fast.errors import CheckpointError, EngineFastError
-from engine_fast.evaluation.files import write_atomic
-from engine_fast.recipes.graph import Plan, Stage, StageClock, begin, check_order, finish, plan_stage, read_record
+from engine_fast.distributed.presence import beat, patient
+from engine_fast.errors import CheckpointError, EngineFastError, PeerError
+from engine_fast.evaluation.files import write_json
+from engine_fast.recipes.graph import (
+    Plan,
+    Stage,
+    StageClock,
+    begin,
+    check_order,
+    finish,
+    plan_stage,
+    read_json,
+    read_record,
+)
 
 Say = Callable[[str], None]
 
-_POLL_SECONDS = 0.5
+_FAILURE = "failure.json"
+_POLL_SECONDS = (0.1, 5.0)
+_CHECK_SECONDS = 10.0
 
 
 def run_graph(
@@ -28,11 +45,10 @@ def run_graph(
 ) -> None:
     """Run each stage that is not done. Rank 0 decides; the others follow."""
     check_order(stages)
-    hashes: dict[str, str] = {}
+    hashes: dict[str, str] = {}  # of the outputs so far; rank 0's alone, the others have no use for them
     for stage in stages:
         directory = out / stage.name
-        plan = world.broadcast(_decide(stage, directory, hashes, redo) if world.is_main else None)
-        assert plan is not None
+        plan = world.on_main(partial(_decide, stage, directory, hashes, redo))
         if plan.state == "done":
             _tell(world, say, f"{stage.name}: done before, inputs unchanged")
         else:
@@ -42,8 +58,14 @@ def run_graph(
                     + (f" ({plan.reason})" if plan.reason else "")
                     + ". Bring the run to its end with `engine-fast run` first."
                 )
-            _run_stage(stage, directory, plan, hashes, world, say)
-        hashes[stage.name] = _record(directory)["outputs_hash"]
+            attempt = world.on_main(partial(_begin, stage, directory, plan, hashes, say))
+            if world.is_main:
+                _lead(stage, directory, plan, attempt, say, followed=world.size > 1)
+            else:
+                _follow(stage, directory, plan, attempt)
+            world.barrier()
+        if world.is_main:
+            hashes[stage.name] = _record(directory)["outputs_hash"]
 
 
 def _decide(stage: Stage, directory: Path, hashes: dict[str, str], redo: Sequence[str]) -> Plan:
@@ -53,43 +75,77 @@ def _decide(stage: Stage, directory: Path, hashes: dict[str, str], redo: Sequenc
     return plan
 
 
-def _run_stage(stage: Stage, directory: Path, plan: Plan, hashes: dict[str, str], world: World, say: Say) -> None:
-    failure = directory / "failure.txt"
-    if world.is_main:
-        moved = begin(stage, directory, plan, hashes)
-        failure.unlink(missing_ok=True)
-        _tell(world, say, _announcement(stage, plan, moved))
-    world.barrier()
-    clock = StageClock(directory) if world.is_main else None
+def _begin(stage: Stage, directory: Path, plan: Plan, hashes: dict[str, str], say: Say) -> str:
+    """Returns a name for this attempt, so that the failure of an earlier one is not taken for its own."""
+    moved = begin(stage, directory, plan, hashes)
+    (directory / _FAILURE).unlink(missing_ok=True)
+    say(_announcement(stage, plan, moved))
+    return uuid.uuid4().hex
+
+
+def _lead(stage: Stage, directory: Path, plan: Plan, attempt: str, say: Say, *, followed: bool) -> None:
+    """Rank 0's part: run the stage and write its record, or say why not."""
+    clock = StageClock(directory)
     try:
-        if stage.every_rank or world.is_main:
-            stage.run(directory)
-        else:
-            _wait(directory, failure, plan)
-    except EngineFastError as error:
-        if world.is_main and world.size > 1:
-            write_atomic(failure, str(error))
-        raise
-    finally:
-        seconds = clock.stop() if clock is not None else 0.0
-    if world.is_main:
+        try:
+            if stage.every_rank:
+                beat(f"stage {stage.name}")
+                stage.run(directory)
+            else:
+                with patient(f"stage {stage.name}"):
+                    stage.run(directory)
+        finally:
+            seconds = clock.stop()
         finish(stage, directory, plan, seconds)
-        _tell(world, say, f"{stage.name}: finished after {_duration(seconds)}")
-    world.barrier()
+    except BaseException as error:
+        if followed:
+            told = str(error) if isinstance(error, EngineFastError) else f"{type(error).__name__}: {error}"
+            failure = {"attempt": attempt, "error": told, "interrupted": isinstance(error, KeyboardInterrupt)}
+            with suppress(OSError):  # a full disk, say; the followers then notice that this process is gone
+                write_json(directory / _FAILURE, failure)
+        raise
+    say(f"{stage.name}: finished after {_duration(seconds)}")
+
+
+def _follow(stage: Stage, directory: Path, plan: Plan, attempt: str) -> None:
+    """Another rank's part: its share of the stage, then wait until rank 0 has written the record.
+
+    On the file system, because a collective would time out in a long stage.
+    Raises PeerError: rank 0 failed, or is gone. KeyboardInterrupt: it was interrupted.
+    """
+    # right after a collective rank 0 lives, so a lock that is not seen now will say nothing later
+    watched = is_held(directory.parent)
+    if stage.every_rank:
+        beat(f"stage {stage.name}")
+        stage.run(directory)
+    with patient(f"waiting for rank 0 in stage {stage.name}"):
+        _await_record(stage, directory, plan, attempt, watched=watched)
+
+
+def _await_record(stage: Stage, directory: Path, plan: Plan, attempt: str, *, watched: bool) -> None:
+    start = checked = time.monotonic()
+    while True:
+        gone = False
+        if watched and time.monotonic() - checked > _CHECK_SECONDS:
+            gone, checked = not is_held(directory.parent), time.monotonic()
+        if (read_record(directory) or {}).get("key") == plan.key:
+            return
+        failure = read_json(directory / _FAILURE) or {}
+        if failure.get("attempt") == attempt:
+            kind = KeyboardInterrupt if failure["interrupted"] else PeerError
+            raise kind(f"stage {stage.name} ended on rank 0: {failure['error']}")
+        if gone:
+            raise PeerError(
+                f"stage {stage.name}: rank 0 is gone without a word, as after kill -9. The same command continues."
+            )
+        # hundreds of ranks may ask one file server: seldom in a long stage, often in a short one
+        time.sleep(min(max((time.monotonic() - start) / 20, _POLL_SECONDS[0]), _POLL_SECONDS[1]))
 
 
 def _record(directory: Path) -> dict[str, Any]:
     record = read_record(directory)
     assert record is not None, f"{directory} is not finished"
     return record
-
-
-def _wait(directory: Path, failure: Path, plan: Plan) -> None:
-    """Until rank 0 has finished the stage. On the file system, because a collective would time out in a long stage."""
-    while (read_record(directory) or {}).get("key") != plan.key:
-        if failure.exists():
-            raise EngineFastError(f"stage {directory.name} failed on rank 0: {failure.read_text(encoding='utf-8')}")
-        time.sleep(_POLL_SECONDS)
 
 
 def _announcement(stage: Stage, plan: Plan, moved: Path | None) -> str:

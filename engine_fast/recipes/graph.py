@@ -11,6 +11,7 @@ files made from the old one: the old directory is moved aside as `<stage>.stale-
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine_fast import __version__
+from engine_fast.distributed.presence import beat
 from engine_fast.evaluation.files import write_json
 
 FORMAT = 1
@@ -43,7 +45,7 @@ class Stage:
     run: Callable[[Path], None]
     """Fills the directory; called on a half-filled one, it continues."""
     every_rank: bool = False
-    """Training runs on every rank, everything else on rank 0 while the others wait."""
+    """Whether every rank calls run(), or rank 0 alone while the others wait. All wait until rank 0 is done."""
 
 
 State = Literal["done", "fresh", "resumed", "changed", "damaged"]
@@ -66,7 +68,7 @@ def stage_key(stage: Stage, outputs: Mapping[str, str]) -> str:
 def plan_stage(stage: Stage, directory: Path, outputs: Mapping[str, str]) -> Plan:
     """Compare what the directory was made from with what is wanted now. Changes nothing."""
     key = stage_key(stage, outputs)
-    begun, finished = _read(directory / "begun.json"), _read(directory / "stage.json")
+    begun, finished = read_json(directory / "begun.json"), read_json(directory / "stage.json")
     if begun is None:
         # hidden files are what a crash left of begun.json itself
         occupied = directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir())
@@ -120,11 +122,12 @@ def finish(stage: Stage, directory: Path, plan: Plan, seconds: float) -> None:
 
 def read_record(directory: Path) -> dict[str, Any] | None:
     """What finish() wrote; None while the stage is not finished."""
-    return _read(directory / "stage.json")
+    return read_json(directory / "stage.json")
 
 
 def hash_file(path: Path) -> str:
     """sha256 of the file's bytes, read in blocks."""
+    beat(f"hashing {path.name}")
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -179,11 +182,15 @@ def _difference(old: Any, new: Any, prefix: str = "") -> str:
     return f"{rest or root} was {was}, is {now}"
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is none or it was cut short."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):  # the last: replaced just now, on NFS
+            return None
+        raise
+    except ValueError:
         return None
     return tree if isinstance(tree, dict) else None
 

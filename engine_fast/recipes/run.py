@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from engine_fast.config import RunConfig, dump_config
 from engine_fast.data.atomic import only_one
-from engine_fast.distributed import World, start
+from engine_fast.distributed import start
 from engine_fast.evaluation.files import write_atomic
 from engine_fast.evaluation.results import read_results
 from engine_fast.recipes.execute import Say, run_graph
@@ -27,24 +27,17 @@ def run(
     Raises: what a stage raises; ConfigError when another process works in `out`. Starting again continues.
     """
     world = start(config.runtime)
-    with _locked(out, world):
-        if world.is_main and only is None:
-            write_atomic(out / "config.yaml", dump_config(config))
+    with ExitStack() as stack:
+        with world.together():
+            if world.is_main:
+                stack.enter_context(only_one(out))  # while rank 0 lives: two runs never write into one directory
+                if only is None:
+                    write_atomic(out / "config.yaml", dump_config(config))
         run_graph(build_stages(config, out, world=world, say=say), out, world=world, say=say, redo=redo, only=only)
-        if world.is_main:
-            # with `only`, not before the graph has accepted it: a refused setting must not stay behind
-            write_atomic(out / "config.yaml", dump_config(config))
-            for stage, name in (("evaluate", "results.json"), ("report", "report.html")):
-                write_atomic(out / name, (out / stage / name).read_bytes())
-        world.barrier()
+        with world.together():
+            if world.is_main:
+                # with `only`, not before the graph has accepted it: a refused setting must not stay behind
+                write_atomic(out / "config.yaml", dump_config(config))
+                for stage, name in (("evaluate", "results.json"), ("report", "report.html")):
+                    write_atomic(out / name, (out / stage / name).read_bytes())
     return read_results(out / "results.json") if world.is_main else None
-
-
-@contextmanager
-def _locked(out: Path, world: World) -> Iterator[None]:
-    """Rank 0 holds out/.lock while it lives, so that two runs never write into one directory."""
-    if not world.is_main:
-        yield
-        return
-    with only_one(out):
-        yield

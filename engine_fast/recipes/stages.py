@@ -40,11 +40,13 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
     distilled = {name for name in ("cmlm", "engine") if getattr(config, name).data == "distilled"}
 
     def prepared() -> Prepared:
-        return Prepared.open(out / "prepare" / "data")
+        with world.together():  # a host that cannot read the run directory stops all of them
+            return Prepared.open(out / "prepare" / "data")
 
     def corpus_of(student: str) -> ParallelCorpus:
         if student in distilled:
-            return ParallelCorpus.open(out / "distill" / "corpus")
+            with world.together():
+                return ParallelCorpus.open(out / "distill" / "corpus")
         return prepared().split("train")
 
     def run_prepare(directory: Path) -> None:
@@ -78,10 +80,11 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
 
     def run_evaluate(directory: Path) -> None:
         measured = evaluate_systems(
-            config, prepared(), directory, device=world.device, say=say,
+            config, prepared(), directory, world=world, say=say,
             teacher_dir=out / "teacher", cmlm_dir=out / "cmlm", engine_dir=out / "engine",
         )  # fmt: skip
-        write_json(directory / "results.json", {"name": config.name, **measured, **_provenance(config, out, world)})
+        if measured is not None:
+            write_json(directory / "results.json", {"name": config.name, **measured, **_provenance(config, out, world)})
 
     def run_report(directory: Path) -> None:
         write_report(out, directory / "report.html")
@@ -113,6 +116,7 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
             {"evaluate": _section(config.evaluate)},
             ("results.json", "outputs/*"),
             run_evaluate,
+            every_rank=True,
         ),
         Stage("report", ("evaluate", *models), {}, ("report.html",), run_report),
     ]

@@ -29,12 +29,10 @@ class ExponentialAverage:
         finally:
             self._exchange(shards)
 
-    def state(self) -> dict[str, Tensor]:
-        return {str(index): shard for index, shard in enumerate(self.shards)}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        for index, shard in enumerate(self.shards):
-            shard.copy_(state[str(index)])
+    def load(self, shards: Sequence[Tensor]) -> None:
+        """Continue from an average that these weights hold."""
+        for average, weights in zip(self.shards, shards, strict=True):
+            average.copy_(weights)
 
     def _exchange(self, shards: Sequence[Tensor]) -> None:
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -63,8 +64,9 @@ class Feed:
 
     epoch: int
     next_epoch: int
-    """Epoch and place in it of the update that follows: what a checkpoint keeps."""
-    next_offset: int
+    """Epoch of the update that follows."""
+    next_consumed: int
+    """Micro-batches of that epoch, over all ranks, that come before it. With next_epoch what a checkpoint keeps."""
     batches: tuple[tuple[Batch, float], ...]
     """Micro-batches and their weights: 1, or 0 for a stand-in where this rank has nothing to do."""
     num_target_tokens: int
@@ -78,7 +80,7 @@ class Feeder:
     def __init__(self, corpus: Corpus, batch: BatchConfig, *, seed: int, world: World) -> None:
         self._corpus, self._device = corpus, world.device
         self._plan = BatchPlan(corpus, batch, seed=seed, rank=world.rank, world_size=world.size)
-        self._epoch, self._offset, self._updates = 0, 0, self._plan.updates(0)
+        self._epoch, self._consumed, self._updates = 0, 0, deque(self._plan.updates(0))
         self._ahead: Feed | None = None
         # A stand-in has a word besides the end symbol, so that every parameter takes part in the backward pass.
         self._stand_in = np.array([int(np.argmax(corpus.target_lengths > 1))], dtype=np.int64)
@@ -88,16 +90,16 @@ class Feeder:
         """Epoch of the next update."""
         return self._epoch if self._ahead is None else self._ahead.epoch
 
-    def seek(self, epoch: int, offset: int) -> None:
-        """Continue at update `offset` of `epoch`."""
-        self._epoch, self._offset, self._ahead = epoch, offset, None
-        self._updates = self._plan.updates(epoch)
+    def seek(self, epoch: int, consumed: int) -> None:
+        """Continue after the first `consumed` micro-batches of `epoch`, whatever the number of ranks was then."""
+        self._epoch, self._consumed, self._ahead = epoch, consumed, None
+        self._updates = deque(self._plan.updates(epoch, consumed=consumed))
         self._roll()
 
     def prefetch(self) -> None:
         """Collate the next update now, while a device is busy with this one."""
         if self._ahead is None:
-            self._ahead = self._collate(self._updates[self._offset])
+            self._ahead = self._collate(self._updates.popleft())
 
     def take(self) -> Feed:
         self.prefetch()
@@ -107,18 +109,18 @@ class Feeder:
 
     def _collate(self, update: Update) -> Feed:
         epoch = self._epoch
-        self._offset += 1
+        self._consumed += update.num_micro_batches
         self._roll()
         batches = tuple(
             (self._corpus.collate(part if len(part) else self._stand_in).to(self._device), float(len(part) > 0))
             for part in update.batches
         )
-        return Feed(epoch, self._epoch, self._offset, batches, update.num_target_tokens, update.digest)
+        return Feed(epoch, self._epoch, self._consumed, batches, update.num_target_tokens, update.digest)
 
     def _roll(self) -> None:
-        if self._offset >= len(self._updates):
-            self._epoch, self._offset = self._epoch + 1, 0
-            self._updates = self._plan.updates(self._epoch)
+        if not self._updates:
+            self._epoch, self._consumed = self._epoch + 1, 0
+            self._updates.extend(self._plan.updates(self._epoch))
 
 
 def clipped(batch: Batch, max_positions: int) -> torch.Tensor:

@@ -65,6 +65,15 @@ class Sums:
         return result
 
 
+def shared_out(states: list[dict[str, float]], size: int) -> list[dict[str, float]]:
+    """What `Sums.state` gave on each rank, for `size` ranks: as it is, or everything to the first of them."""
+    if len(states) == size:
+        return states
+    names = {name for state in states for name in state}
+    total = {name: sum(state.get(name, 0.0) for state in states) for name in names}
+    return [total, *({} for _ in range(size - 1))]
+
+
 class MetricsLog:
     """Appends lines to metrics.jsonl and scalars to TensorBoard. Only rank 0 has one."""
 

@@ -131,9 +131,10 @@ class EngineObjective(nn.Module):
     def prepare(self, batches: Sequence[Batch]) -> None:
         """The teacher's encoder states of an update's micro-batches, made now, for the forward() of each.
 
-        A sharded teacher encodes in forward(): its layers are then gathered in one order, which can be foreseen.
+        A sharded teacher encodes in forward(): its layers are then gathered in one order, which can be foreseen. One
+        with dropout does too: each micro-batch has a seed of its own, whoever computes it.
         """
-        if self._within[0] is None:
+        if self._within[0] is None and not self.teacher.training:
             with torch.no_grad():
                 self._memories = {id(batch): self.teacher.encode(batch.source) for batch in batches}
 

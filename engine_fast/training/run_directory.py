@@ -1,4 +1,4 @@
-"""What a stage's directory says about how it came to be: config.yaml and run.json."""
+"""What a stage's directory says about how it came to be: config.yaml, run.json and the vocabulary."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from engine_fast import __version__
-from engine_fast.config import RunConfig, TrainConfig, dump_config
+from engine_fast.config import Architecture, RunConfig, TrainConfig, dump_config
+from engine_fast.data.atomic import new_directory, write_file
+from engine_fast.data.vocabulary import Vocabulary, save_pair
 from engine_fast.errors import CheckpointError
 
+VOCABULARY = "vocabulary.json"
+"""In vocabulary/: the file and the hash of each side."""
 _VERSIONS = ("torch", "deepspeed", "sentencepiece", "sacrebleu", "numpy")
 
 
@@ -83,6 +87,18 @@ class RunDirectory:
                     "Choose another directory, or remove this one to train again."
                 )
 
+    def describe(
+        self, kind: str, architecture: Architecture, source: Vocabulary, target: Vocabulary, *, card: dict[str, Any]
+    ) -> None:
+        """Keep what besides weights makes a model directory of a checkpoint: `engine-fast export` needs no more."""
+        hashes = {"source": source.fingerprint, "target": target.fingerprint}
+        with new_directory(self.path / "vocabulary", marker=VOCABULARY) as fresh:
+            files = save_pair(fresh, source, target)
+            sides = {side: {"file": files[side], "hash": hashes[side]} for side in files}
+            write_file(fresh / VOCABULARY, json.dumps(sides, indent=2).encode())
+        model = {"kind": kind, "architecture": architecture.model_dump(mode="json"), "card": card}
+        self._write(**(self._record() | {"model": model}))
+
     def finish(self, **results: Any) -> None:
         """Mark the stage as done, with its results."""
         self._write(**(self._record() | {"finished": True} | results))
@@ -94,11 +110,7 @@ class RunDirectory:
         return [f"{key}: {was!r} -> {now!r}" for key, was, now in pairs]
 
     def _record(self) -> dict[str, Any]:
-        try:
-            record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return record if isinstance(record, dict) else {}
+        return read_record(self.path)
 
     def _write(self, **record: Any) -> None:
         try:
@@ -107,6 +119,15 @@ class RunDirectory:
             raise CheckpointError(
                 f"{self.path}: cannot be written to ({error.strerror}). Choose another directory."
             ) from error
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """What run.json of a stage's directory says; {} without a readable one."""
+    try:
+        record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _differences(old: Any, new: Any, key: str) -> list[tuple[str, Any, Any]]:

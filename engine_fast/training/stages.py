@@ -20,9 +20,11 @@ from engine_fast.data.prepared import Prepared
 from engine_fast.data.shards import MANIFEST
 from engine_fast.decoding import greedy, mask_predict
 from engine_fast.distributed import Engine, World, require_agreement, shard_frozen, start
+from engine_fast.distributed.presence import beat
 from engine_fast.errors import CheckpointError, VocabularyError, require
 from engine_fast.models import CMLM, Transformer, freeze, load_model, save_model
 from engine_fast.models.store import LoadedModel, copy_matching
+from engine_fast.training.export import assemble
 from engine_fast.training.feeding import Feeder, Subset, fitting
 from engine_fast.training.interrupt import catching_signals
 from engine_fast.training.loop import StageName, Trainer
@@ -150,6 +152,7 @@ class _Job:
         require_agreement(world, self._facts(inputs), f"{self.stage}, at its start")
         changes = world.on_main(lambda: place.begin(self.config, self.settings, inputs=inputs, world_size=world.size))
         with catching_signals() as stop:
+            beat(f"{self.stage}: building the model")
             model, objective_of = self.build(world)
             model.activation_checkpointing = self.settings.activation_checkpointing
             limits = model.architecture
@@ -160,6 +163,7 @@ class _Job:
                 model.compile_stacks()
             trainer = Trainer(
                 self.stage, self.settings, self.config, directory, engine=engine, world=world, stop=stop,
+                teacher=inputs["teacher model"] if self.stage == "engine" else None,
                 feeder=Feeder(corpus, self.settings.batch, seed=derive(self.config.seed, self.stage), world=world),
                 validator=Validator(
                     valid, objective_of, max_tokens=self.settings.batch.max_tokens, bleu=self._bleu_set(limits),
@@ -171,6 +175,7 @@ class _Job:
                     trainer.say(f"{count} {what} are longer than max_positions = {limits.max_positions} and left out")
             for change in changes:
                 trainer.say(f"changed since the last start: {change}")
+            world.on_main(lambda: self._describe(place, model))
             weights = trainer.train()
             world.on_main(lambda: self._export(directory, place, trainer, type(model), limits, weights))
 
@@ -226,6 +231,17 @@ class _Job:
             "none" if self.config.data.pretokenised else "13a",
         )
 
+    def _card(self) -> dict[str, Any]:
+        """What a model directory says of its origin."""
+        card = {"stage": self.stage, "seed": self.config.seed, "settings": self.settings.model_dump(mode="json")}
+        if self.stage != "teacher":  # what `translate` takes unless told otherwise
+            card["length_beam"] = getattr(self.config.evaluate, f"{self.stage}_length_beam")
+        return card
+
+    def _describe(self, place: RunDirectory, model: Transformer | CMLM) -> None:
+        vocabularies = self.prepared.source_vocabulary, self.prepared.target_vocabulary
+        place.describe(model.kind, model.architecture, *vocabularies, card=self._card())
+
     def _export(
         self,
         directory: Path,
@@ -236,21 +252,13 @@ class _Job:
         weights: dict[str, Tensor],
     ) -> None:
         vocabularies = self.prepared.source_vocabulary, self.prepared.target_vocabulary
-        model = kind(architecture, len(vocabularies[0]), len(vocabularies[1]))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])
+        model = assemble(kind, architecture, *vocabularies, weights, origin=str(directory / "checkpoints"))
         progress = trainer.progress
-        card = {
-            "stage": self.stage,
-            "seed": self.config.seed,
+        card = self._card() | {
             "updates": progress.update,
             "best_update": progress.best_update,
             self.settings.early_stop.metric: progress.best_score,
-            "settings": self.settings.model_dump(mode="json"),
         }
-        if self.stage != "teacher":  # what `translate` takes unless told otherwise
-            card["length_beam"] = getattr(self.config.evaluate, f"{self.stage}_length_beam")
         save_model(directory / "model", model, *vocabularies, card=card)
         place.finish(updates=progress.update, best_update=progress.best_update, seconds=progress.seconds)
 

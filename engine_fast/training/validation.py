@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from engine_fast.data.batching import sorted_batches
 from engine_fast.data.vocabulary import Vocabulary
 from engine_fast.distributed import World
+from engine_fast.distributed.presence import beat
 from engine_fast.evaluation.metrics import corpus_bleu
 from engine_fast.training.feeding import Corpus, clipped
 from engine_fast.training.metrics import Sums
@@ -82,6 +83,7 @@ class Validator:
                 if world.any(self._stopping()):
                     return None
                 mine = number + world.rank
+                beat(f"validation: loss of batch {mine + 1}")
                 seed_torch(self._seed, "valid", mine)
                 # A rank without a batch of its own computes the first again: a sharded teacher needs all of them.
                 batch = self._batches[mine if mine < len(self._batches) else 0]
@@ -103,6 +105,7 @@ class Validator:
                 return None
             if number + world.rank < len(self._bleu_batches):
                 chosen = self._bleu_batches[number + world.rank]
+                beat(f"validation: translating batch {number + world.rank + 1}")
                 source = clipped(bleu.corpus.collate(chosen), bleu.max_positions).to(world.device)
                 for index, ids in zip(chosen.tolist(), bleu.decode(model, source), strict=True):
                     lines[index] = bleu.vocabulary.decode(ids)

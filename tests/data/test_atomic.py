@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from engine_fast.data.atomic import new_directory
+from engine_fast.data.atomic import is_held, new_directory, only_one
 from engine_fast.errors import DataError
 
 
@@ -52,3 +55,38 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
         pass
     with pytest.raises(DataError, match="cannot be written"), new_directory(tmp_path / "file" / "x", marker="done"):
         pass
+
+
+def test_a_lock_is_seen_while_its_holder_lives(tmp_path: Path) -> None:
+    assert not is_held(tmp_path / "absent")
+    with only_one(tmp_path):
+        assert is_held(tmp_path)
+        assert is_held(tmp_path), "looking does not take it"
+    assert not is_held(tmp_path)
+    script = "import sys, time; from engine_fast.data.atomic import only_one; from pathlib import Path\n"
+    script += "with only_one(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    assert is_held(tmp_path)
+    holder.kill()
+    holder.communicate()
+    assert not is_held(tmp_path)
+
+
+def test_a_file_system_without_locks_is_worked_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    abandoned = tmp_path / ".x.partial-1"
+    abandoned.mkdir()
+    (abandoned / ".lock").touch()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("engine_fast.data.atomic.fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match="has no locks .* See to it"), only_one(tmp_path):
+        assert not is_held(tmp_path)
+    with new_directory(tmp_path / "x", marker="done") as partial:
+        (partial / "done").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"x", abandoned.name, ".lock"}

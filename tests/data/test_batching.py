@@ -85,7 +85,7 @@ def test_epochs_differ_and_repeat() -> None:
 def test_resuming_in_mid_epoch_continues_the_same_updates() -> None:
     data, batch = corpus(400), BatchConfig(max_tokens=150, accumulate=2)
     whole = BatchPlan(data, batch, seed=9).updates(4)
-    resumed = BatchPlan(data, batch, seed=9).updates(4)[11:]
+    resumed = BatchPlan(data, batch, seed=9).updates(4, consumed=22)
     assert [[one.tolist() for one in update.batches] for update in whole[11:]] == [
         [one.tolist() for one in update.batches] for update in resumed
     ]
@@ -100,6 +100,60 @@ def test_more_ranks_see_the_same_micro_batches() -> None:
     ]
     for whole, left, right in zip(alone, *halves, strict=True):
         assert {tuple(one) for one in whole.batches} == {tuple(one) for one in (*left.batches, *right.batches)}
+
+
+@given(
+    num=st.integers(1, 300),
+    micro_batches=st.integers(1, 7),
+    sizes=st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    epoch=st.integers(0, 2),
+)
+def test_micro_batches_over_all_ranks_give_the_same_updates_at_any_number_of_them(
+    num: int, micro_batches: int, sizes: list[int], epoch: int
+) -> None:
+    data, batch = corpus(num), BatchConfig(max_tokens=60, micro_batches=micro_batches)
+
+    def numbered(size: int) -> list[dict[int, list[int]]]:
+        """Every update: global number of a micro-batch -> its sentences."""
+        ranks = [BatchPlan(data, batch, seed=3, rank=rank, world_size=size).updates(epoch) for rank in range(size)]
+        result = []
+        for parts in zip(*ranks, strict=True):
+            assert {len(part.batches) for part in parts} == {-(-micro_batches // size)}
+            whole = {
+                turn * size + rank: one.tolist()
+                for rank, part in enumerate(parts)
+                for turn, one in enumerate(part.batches)
+            }
+            result.append({number: one for number, one in sorted(whole.items()) if one})
+            assert {part.num_micro_batches for part in parts} == {len(result[-1])}
+            assert list(result[-1]) == list(range(len(result[-1])))
+        return result
+
+    first, *others = map(numbered, sizes)
+    assert all(other == first for other in others)
+
+
+@given(
+    num=st.integers(1, 300),
+    before=st.tuples(st.integers(1, 4), st.integers(1, 3)),
+    after=st.tuples(st.integers(1, 4), st.none() | st.integers(1, 7)),
+    done=st.integers(0, 9),
+)
+def test_other_ranks_go_on_after_the_micro_batches_that_were_used(
+    num: int, before: tuple[int, int], after: tuple[int, int | None], done: int
+) -> None:
+    """(ranks, accumulate) until `done`, then (ranks, micro_batches or accumulate 2): each sentence once an epoch."""
+    data, used, seen = corpus(num), 0, []
+    for rank in range(before[0]):
+        batch = BatchConfig(max_tokens=60, accumulate=before[1])
+        part = BatchPlan(data, batch, seed=3, rank=rank, world_size=before[0]).updates(1)[:done]
+        used = sum(update.num_micro_batches for update in part)
+        seen += [index for update in part for one in update.batches for index in one.tolist()]
+    batch = BatchConfig(max_tokens=60, micro_batches=after[1], accumulate=1 if after[1] else 2)
+    for rank in range(after[0]):
+        rest = BatchPlan(data, batch, seed=3, rank=rank, world_size=after[0]).updates(1, consumed=used)
+        seen += [index for update in rest for one in update.batches for index in one.tolist()]
+    assert sorted(seen) == list(range(num))
 
 
 def test_a_sentence_beyond_the_budget_is_named() -> None:

@@ -17,13 +17,17 @@ import torch
 
 from engine_fast.config import DistillConfig
 from engine_fast.data.corpus import ParallelCorpus
+from engine_fast.data.prepare import Prepared, prepare
 from engine_fast.data.shards import ShardWriter
 from engine_fast.data.symbols import EOS
 from engine_fast.decoding import beam_search
 from engine_fast.decoding import distill as module
 from engine_fast.decoding.distill import distill
 from engine_fast.errors import CheckpointError, ConfigError, DataError, VocabularyError
-from tests.decoding.tiny import load_tiny, make_student, make_teacher, make_vocabulary, pad
+from engine_fast.models import Transformer, load_model, save_model
+from tests.decoding.tiny import load_tiny, make_student, make_teacher, make_vocabulary, pad, widen
+from tests.distributed.torchrun import torchrun
+from tests.recipes.micro import micro_config
 
 CONFIG = DistillConfig(beam=3, chunk_sentences=7, max_tokens=60)
 
@@ -51,7 +55,7 @@ def prepared(tmp_path: Path) -> TinyPrepared:
     return TinyPrepared(tmp_path / "train")
 
 
-def run(prepared: TinyPrepared, directory: Path, config: DistillConfig = CONFIG, **options) -> ParallelCorpus:
+def run(prepared: TinyPrepared, directory: Path, config: DistillConfig = CONFIG, **options) -> ParallelCorpus | None:
     return distill(load_tiny(make_teacher().float()), prepared, config, directory, show_progress=False, **options)
 
 
@@ -144,20 +148,53 @@ def test_kill_nine_in_the_middle_of_the_work(prepared: TinyPrepared, tmp_path: P
     assert files(out) == files(tmp_path / "straight")
 
 
-def test_ranks_share_the_chunks_and_the_result_is_the_same(prepared: TinyPrepared, tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", [(2, 1, 0), (0, 1, 2)])
+def test_ranks_share_the_chunks_and_the_result_is_the_same(
+    prepared: TinyPrepared, tmp_path: Path, order: tuple[int, ...]
+) -> None:
     run(prepared, tmp_path / "straight")
-    sizes: list[int] = []
+    corpora: dict[int, ParallelCorpus | None] = {}
 
     def rank(number: int) -> None:
-        sizes.append(len(run(prepared, tmp_path / "out", rank=number, world_size=3)))
+        corpora[number] = run(prepared, tmp_path / "out", rank=number, world_size=3)
 
-    threads = [threading.Thread(target=rank, args=(number,)) for number in (2, 1, 0)]
+    threads = [threading.Thread(target=rank, args=(number,)) for number in order]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert sizes == [30, 30, 30]
+    assert corpora.pop(0) is not None
+    assert corpora == {1: None, 2: None}
     assert files(tmp_path / "out") == files(tmp_path / "straight")
+
+
+def test_a_rank_waits_for_nobody_and_its_work_is_used(
+    prepared: TinyPrepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 alone makes every chunk, also those of rank 0, which it has not seen; rank 0 only assembles."""
+    run(prepared, tmp_path / "straight")
+    assert run(prepared, tmp_path / "out", rank=1, world_size=2) is None
+    monkeypatch.setattr(module, "_search", None)  # would fail if called
+    assert run(prepared, tmp_path / "out", rank=0, world_size=2) is not None
+    assert run(prepared, tmp_path / "out", rank=1, world_size=2) is None
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+
+
+def test_a_chunk_that_comes_after_the_end_is_no_error(
+    prepared: TinyPrepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While rank 1 searches its first chunk, rank 0 does everything and removes the folder of chunks."""
+    search, entered = module._search, []
+
+    def slow(*args):
+        if not entered:
+            entered.append(1)
+            assert run(prepared, tmp_path / "out", rank=0, world_size=2) is not None
+        return search(*args)
+
+    monkeypatch.setattr(module, "_search", slow)
+    assert run(prepared, tmp_path / "out", rank=1, world_size=2) is None
+    assert not list((tmp_path / "out").glob("chunks-*"))
 
 
 def test_another_model_or_config_or_corpus_starts_over(prepared: TinyPrepared, tmp_path: Path) -> None:
@@ -225,3 +262,53 @@ def test_a_full_disk_leaves_no_chunk(prepared: TinyPrepared, tmp_path: Path, mon
 def _with_fingerprint(corpus: ParallelCorpus) -> ParallelCorpus:
     corpus.target_fingerprint = "0" * 64
     return corpus
+
+
+def launched(base: Path, out: Path, doomed: str = "nobody") -> subprocess.CompletedProcess[str]:
+    """`engine-fast distill` on two ranks; the doomed one kills itself after a chunk."""
+    options = ["--model", base / "teacher", "--data", base / "data", "--out", out, "--device", "cpu"]
+    options += ["--beam", "2", "--chunk-sentences", "10"]
+    return torchrun(2, "tests.decoding.distill_worker", doomed, "distill", *options)
+
+
+@pytest.fixture
+def teacher_and_data(tmp_path: Path) -> Path:
+    config = micro_config()
+    prepare(config.data, tmp_path / "data", seed=1)
+    vocabulary = Prepared.open(tmp_path / "data").source_vocabulary
+    model = Transformer(config.teacher.architecture, len(vocabulary), len(vocabulary))
+    widen(model, 1)
+    save_model(tmp_path / "teacher", model, vocabulary, vocabulary)
+    return tmp_path
+
+
+def in_one_process(base: Path) -> dict[str, bytes]:
+    config = DistillConfig(beam=2, chunk_sentences=10)
+    distill(load_model(base / "teacher"), Prepared.open(base / "data"), config, base / "one", show_progress=False)
+    return files(base / "one")
+
+
+def test_launched_ranks_make_what_one_process_makes(teacher_and_data: Path, tmp_path: Path) -> None:
+    done = launched(tmp_path, tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("two: 120 pairs") == 1
+    assert {name: text for name, text in files(tmp_path / "two").items() if name != ".lock"} == in_one_process(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("doomed", ["0", "1"])
+def test_a_rank_that_is_killed_loses_one_chunk_at_most(teacher_and_data: Path, tmp_path: Path, doomed: str) -> None:
+    out = tmp_path / "two"
+    dead = launched(tmp_path, out, doomed)
+    assert dead.returncode != 0
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("chunks-*/*.npz")}
+    assert kept, "the killed rank had finished a chunk"
+    assert not (out / "distill.json").exists()
+    [chunks] = out.glob("chunks-*")
+    (tmp_path / "kept").mkdir()
+    for name in kept:
+        os.link(chunks / name, tmp_path / "kept" / name)
+    again = launched(tmp_path, out)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert {name: (tmp_path / "kept" / name).stat().st_mtime_ns for name in kept} == kept
+    assert {name: text for name, text in files(out).items() if name != ".lock"} == in_one_process(tmp_path)

@@ -1,13 +1,15 @@
 """Snapshots are whole or absent."""
 
 import errno
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from engine_fast.distributed import CheckpointStore, World
-from engine_fast.distributed.checkpoint import best_name, update_name, verify
+from engine_fast.distributed.checkpoint import best_name, update_name
+from engine_fast.distributed.manifest import verify
 from engine_fast.errors import CheckpointError
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -26,9 +28,13 @@ def write(directory):
     (directory / "inner" / "optimizer.bin").write_bytes(bytes(range(256)))
 
 
-def save(store, update, best=None):
-    store.save(update_name(update), {"update": update, "best_update": best}, write, num_bytes=1000)
-    store.set_latest(update_name(update))
+def save(store, update, best=None, keep_last=9):
+    name = update_name(update)
+    store.save(
+        name, {"update": update, "best_update": best}, write, num_bytes=1000,
+        then=lambda: store.advance(name, keep_last=keep_last, best=best),
+    )  # fmt: skip
+    store.join()
 
 
 def names(store):
@@ -90,17 +96,20 @@ def test_an_unfinished_write_is_removed_at_the_next_start(store):
 
 
 def test_a_missing_latest_snapshot_is_an_error(store):
-    store.set_latest("update-00000005")
+    save(store, 5)
+    shutil.rmtree(store.directory / "update-00000005")
     with pytest.raises(CheckpointError, match="`latest` names update-00000005, which is missing"):
         store.newest(pytest.fail)
 
 
 def test_pruning_keeps_every_best_that_something_kept_refers_to(store):
-    for update, best in ((5, None), (10, 5), (15, 5), (20, 18)):
+    for update, best in ((5, None), (10, 5), (15, 5)):
         save(store, update, best)
     for update in (5, 12, 18, 21):
         store.save(best_name(update), {"update": update}, write, num_bytes=0)
-    store.prune(20, keep_last=2, best=21)
+    store.save(update_name(20), {"update": 20, "best_update": 18}, write, num_bytes=0)
+    store.join()
+    store.advance(update_name(20), keep_last=2, best=21)
     assert names(store) == [
         "best-00000005", "best-00000018", "best-00000021", "latest", "update-00000015", "update-00000020",
     ]  # fmt: skip
@@ -109,8 +118,9 @@ def test_pruning_keeps_every_best_that_something_kept_refers_to(store):
 def test_pruning_drops_a_damaged_future_rather_than_the_present(store):
     for update in (5, 10):
         save(store, update)
-    store.prune(5, keep_last=1, best=None)
+    store.advance(update_name(5), keep_last=1, best=None)
     assert names(store) == ["latest", "update-00000005"]
+    assert (store.directory / "latest").read_text() == "update-00000005\n"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import torch
 from engine_fast.config import RuntimeConfig
 from engine_fast.distributed import start
 from engine_fast.distributed.runtime import World
-from engine_fast.errors import CheckpointError, ConfigError
+from engine_fast.errors import CheckpointError, ConfigError, PeerError
+
+from .threads import run_ranks
 
 
 def test_one_process_needs_no_launcher_and_leaves_no_rank_behind():
@@ -43,3 +45,50 @@ def test_a_lone_world_answers_itself():
 
     with pytest.raises(CheckpointError, match="no"):
         world.on_main(fail)
+
+
+@pytest.mark.parametrize("error", [CheckpointError("no room"), OSError(28, "no room")])
+def test_what_one_rank_raises_all_raise(error):
+    def alone(world):
+        with world.together():
+            if world.rank == 1:
+                raise error
+
+    first, second, third = run_ranks(3, alone)
+    assert second is error
+    for other in (first, third):
+        assert type(other) is PeerError
+        assert "rank 1 failed" in str(other)
+        assert "no room" in str(other)
+
+    def both(world):
+        with world.together():
+            raise error
+        return "never"
+
+    assert run_ranks(2, both) == [error, error]
+
+
+def test_what_rank_0_raises_all_raise():
+    def refused():
+        raise CheckpointError("no")
+
+    def full():
+        raise OSError(28, "full")
+
+    first, second = run_ranks(2, lambda world: world.on_main(refused))
+    assert type(first) is type(second) is CheckpointError
+    first, second = run_ranks(2, lambda world: world.on_main(full))
+    assert type(first) is OSError
+    assert type(second) is PeerError
+    assert "rank 0 failed" in str(second)
+    assert "full" in str(second)
+
+
+def test_together_returns_what_each_found():
+    def body(world):
+        with world.together():
+            found = world.rank + 5
+        return world.gather(found), world.on_main(lambda: found)
+
+    assert run_ranks(2, body) == [([5, 6], 5)] * 2

@@ -84,6 +84,9 @@ def arrange_death(stage: str) -> None:
         distill._write_chunk = _dying(distill._write_chunk, _nth(2))
     elif stage == "evaluate":
         measure.corpus_bleu = _dying(measure.corpus_bleu, _nth(4))
+    elif stage == "evaluate-follower":  # rank 1 in its third system
+        third = _nth(3)
+        measure.decode_share = _dying(measure.decode_share, lambda *_, world, **__: world.rank == 1 and third())
     elif stage == "report":
         stages.write_report = _dying(stages.write_report, _nth(1))
     else:  # after the checkpoint of update 4, before the one of update 6

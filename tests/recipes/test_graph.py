@@ -8,17 +8,23 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from engine_fast.data.atomic import only_one
 from engine_fast.distributed import World
-from engine_fast.errors import CheckpointError
+from engine_fast.errors import CheckpointError, PeerError
+from engine_fast.recipes import execute
 from engine_fast.recipes.execute import run_graph
 from engine_fast.recipes.graph import Stage
+from tests.distributed.threads import run_ranks
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -188,3 +194,104 @@ def test_kill_9_leaves_a_stage_begun_never_done(tmp_path: Path) -> None:
         subprocess.run([sys.executable, script, out, "never"], env=environment, check=True)
         outs[name] = json.loads((out / "lines" / "stage.json").read_text())["outputs_hash"]
     assert outs["killed"] == outs["whole"]
+
+
+def go_together(out: Path, body: Callable[[World, Path], None], *, every_rank: bool = True, size: int = 2) -> list[Any]:
+    """One stage that writes lines.txt, on ranks that are threads; what each returned or raised."""
+
+    def rank(world: World) -> None:
+        def run(directory: Path) -> None:
+            body(world, directory)
+            if world.is_main:
+                (directory / "lines.txt").write_text("done")
+
+        stage = Stage("lines", (), {}, ("lines.txt",), run, every_rank=every_rank)
+        run_graph([stage], out, world=world, say=lambda line: None)
+
+    return run_ranks(size, rank)
+
+
+def no_work(world: World, directory: Path) -> None: ...
+
+
+@pytest.mark.parametrize("every_rank", [True, False])
+def test_all_ranks_wait_until_rank_0_is_done(tmp_path: Path, every_rank: bool) -> None:
+    ran: list[int] = []
+
+    def body(world: World, directory: Path) -> None:
+        ran.append(world.rank)
+        if world.is_main:
+            time.sleep(0.5)  # a collective would have to wait as long
+
+    assert go_together(tmp_path, body, every_rank=every_rank, size=3) == [None] * 3
+    assert sorted(ran) == ([0, 1, 2] if every_rank else [0])
+    assert json.loads((tmp_path / "lines" / "stage.json").read_text())["outputs"]
+    assert go_together(tmp_path, body, every_rank=every_rank) == [None] * 2
+    assert len(ran) == (3 if every_rank else 1)
+
+
+@pytest.mark.parametrize("every_rank", [True, False])
+@pytest.mark.parametrize("error", [CheckpointError("no teacher"), ZeroDivisionError("a bug"), KeyboardInterrupt()])
+def test_the_end_of_rank_0_in_a_stage_is_the_end_of_all(tmp_path: Path, error: BaseException, every_rank: bool) -> None:
+    def body(world: World, directory: Path) -> None:
+        if world.is_main:
+            raise error
+
+    first, second = go_together(tmp_path, body, every_rank=every_rank)
+    assert first is error
+    assert type(second) is (KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else PeerError)
+    assert "stage lines ended on rank 0" in str(second)
+    assert str(error) in str(second)
+    assert go_together(tmp_path, no_work, every_rank=every_rank) == [None, None]  # an old failure is no failure
+
+
+def test_an_old_failure_that_a_file_server_still_shows_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(world: World, directory: Path) -> None:
+        if world.is_main:
+            failure = {"attempt": "an earlier one", "error": "no", "interrupted": False}
+            (directory / "failure.json").write_text(json.dumps(failure))
+            time.sleep(0.5)
+
+    assert go_together(tmp_path, slow, every_rank=False) == [None, None]
+
+
+@pytest.mark.parametrize("step", ["plan_stage", "begin"])
+def test_rank_0_failing_before_a_stage_reaches_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(execute, step, full)
+    first, second = go_together(tmp_path, no_work)
+    assert type(first) is OSError
+    assert type(second) is PeerError
+    assert "No space left" in str(second)
+
+
+def test_a_follower_notices_that_rank_0_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 lets go of the lock, as kill -9 would, and is silent until the other has ended."""
+    monkeypatch.setattr(execute, "_CHECK_SECONDS", 0.2)
+    ended = threading.Event()
+
+    def rank(world: World) -> None:
+        lock = ExitStack()
+        if world.is_main:
+            lock.enter_context(only_one(tmp_path))
+
+        def silent(directory: Path) -> None:
+            time.sleep(1)
+            assert not ended.is_set(), "gave up although rank 0 lived"
+            lock.close()
+            assert ended.wait(30)
+            (directory / "lines.txt").touch()
+
+        world.barrier()
+        try:
+            run_graph([Stage("lines", (), {}, ("*.txt",), silent)], tmp_path, world=world, say=lambda line: None)
+        finally:
+            ended.set()
+
+    _, second = run_ranks(2, rank)
+    assert type(second) is PeerError
+    assert "rank 0 is gone without a word" in str(second)

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,10 @@ from engine_fast.config import load_config
 from engine_fast.errors import CheckpointError, ConfigError
 from engine_fast.recipes.demo import demo_config
 from engine_fast.recipes.run import run
+from tests.distributed.torchrun import torchrun
 from tests.recipes.micro import STAGES, micro_config
+
+TIMES = {"sentences_per_second", "latency_ms", "num_ranks"}
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +170,68 @@ def test_kill_9_in_every_stage_changes_nothing(finished: Path, tmp_path: Path) -
     for path in (finished / "evaluate" / "outputs").iterdir():
         assert (out / "evaluate" / "outputs" / path.name).read_bytes() == path.read_bytes()
     ours, theirs = (json.loads((run / "results.json").read_text()) for run in (out, finished))
-    timed = {"sentences_per_second", "latency_ms"}
     for one, other in zip(ours["systems"], theirs["systems"], strict=True):
-        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+        assert {k: v for k, v in one.items() if k not in TIMES} == {k: v for k, v in other.items() if k not in TIMES}
+
+
+def _evaluated(out: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What an evaluation found, but for times, and its texts."""
+    results = json.loads((out / "results.json").read_text())
+    rows = [{key: value for key, value in row.items() if key not in TIMES} for row in results["systems"]]
+    texts = {path.name: path.read_bytes() for path in (out / "evaluate" / "outputs").iterdir()}
+    kept = {
+        key: results[key] for key in ("references", "baseline", "split", "lengths", "signature", "hashes", "config")
+    }
+    return {**kept, "systems": rows}, texts
+
+
+def test_two_launched_ranks_evaluate_as_one_does(copied: Path, tmp_path: Path) -> None:
+    batches_of_a_few = ["--set", "evaluate.max_tokens=60"]
+    two = Path(shutil.copytree(copied, tmp_path / "two"))
+    done = torchrun(2, "engine_fast.cli.main", "evaluate", two, *batches_of_a_few)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("teacher-greedy ") == 1, "rank 0 alone speaks"
+    _run(copied, evaluate={**micro_config().evaluate.model_dump(), "max_tokens": 60})
+    assert _evaluated(two) == _evaluated(copied)
+    assert {row["num_ranks"] for row in json.loads((two / "results.json").read_text())["systems"]} == {2}
+
+
+@pytest.mark.slow
+def test_launched_ranks_killed_in_an_evaluation_go_on(copied: Path, tmp_path: Path) -> None:
+    shutil.rmtree(copied / "evaluate")
+    two = Path(shutil.copytree(copied, tmp_path / "two"))
+    for doomed, kept in (("evaluate", 3), ("evaluate-follower", 5)):
+        dead = torchrun(2, "tests.recipes.micro", two, doomed)
+        assert dead.returncode != 0
+        assert len(list((two / "evaluate" / "systems").iterdir())) == kept
+        assert not (two / "evaluate" / "stage.json").exists()
+    last = torchrun(2, "tests.recipes.micro", two)
+    assert last.returncode == 0, last.stderr[-3000:]
+    assert last.stdout.count("(measured before)") == 5
+    _run(copied)
+    assert _evaluated(two) == _evaluated(copied)
+
+
+@pytest.mark.slow
+def test_a_rank_that_no_launcher_watches_ends_after_rank_0_was_killed(tmp_path: Path) -> None:
+    """As on another host than rank 0's: nobody ends it, and the stage has no collective that could fail."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path]),
+        "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tests.recipes.micro", str(tmp_path / "run")]
+    first, second = (
+        subprocess.Popen([*command, *doomed], env={**shared, "RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank, doomed in (("0", ["prepare"]), ("1", []))
+    )
+    try:
+        first.communicate(timeout=120)
+        assert first.returncode == -signal.SIGKILL
+        _, stderr = second.communicate(timeout=120)
+    finally:
+        second.kill()
+    assert second.returncode == 1
+    assert "stage prepare: rank 0 is gone without a word" in stderr

@@ -12,7 +12,7 @@ import yaml
 
 from engine_fast.config import RunConfig, parse_config
 from engine_fast.data.prepare import Prepared, prepare
-from engine_fast.training import train_teacher
+from engine_fast.training import loop, train_teacher
 from engine_fast.training.metrics import read_metrics
 
 ARCHITECTURE = {
@@ -123,3 +123,15 @@ def failing_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls:
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, wrapped)
         yield
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, update: int) -> None:
+    """A SIGTERM that arrives during the given update."""
+    real = loop.Trainer._update
+
+    def update_and_stop(self: Any) -> None:
+        real(self)
+        if self.progress.update == update:
+            self._stop.request(15, None)
+
+    monkeypatch.setattr(loop.Trainer, "_update", update_and_stop)

@@ -40,11 +40,11 @@ def test_seek_continues_where_the_last_update_says(done):
     whole, again = feeder(), feeder()
     for _ in range(done):
         last = whole.take()
-    again.seek(last.next_epoch, last.next_offset)
+    again.seek(last.next_epoch, last.next_consumed)
     for _ in range(25):
         one, other = whole.take(), again.take()
         assert contents(one) == contents(other)
-        assert (one.epoch, one.next_epoch, one.next_offset) == (other.epoch, other.next_epoch, other.next_offset)
+        assert (one.epoch, one.next_epoch, one.next_consumed) == (other.epoch, other.next_epoch, other.next_consumed)
 
 
 def test_prefetching_changes_nothing():
@@ -71,6 +71,28 @@ def test_every_sentence_once_an_epoch_over_all_ranks():
         if feeds[0].next_epoch == 1:
             break
     assert sorted(seen) == list(range(50))
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+def test_seek_goes_on_with_other_ranks_in_mid_epoch(before, after):
+    ranks = [feeder(rank, before) for rank in range(before)]
+    done = [[rank.take() for rank in ranks] for _ in range(3)]
+    assert done[-1][0].next_epoch == 0
+    others = [feeder(rank, after) for rank in range(after)]
+    for other in others:
+        other.seek(done[-1][0].next_epoch, done[-1][0].next_consumed)
+    while done[-1][0].next_epoch == 0:
+        done.append([other.take() for other in others])
+    seen = [index for feeds in done for feed in feeds for batch, weight in feed.batches if weight
+            for index in batch.indices.tolist()]  # fmt: skip
+    assert sorted(seen) == list(range(50))
+    assert done[-1][0].next_consumed == 0
+
+
+def test_a_rank_beyond_the_micro_batches_of_an_update_has_stand_ins():
+    feeds = [feeder(rank, 3, micro_batches=2).take() for rank in range(3)]
+    assert [[weight for _, weight in feed.batches] for feed in feeds] == [[1.0], [1.0], [0.0]]
+    assert len({feed.num_target_tokens for feed in feeds}) == 1
 
 
 def test_a_rank_without_work_gets_a_stand_in_of_no_weight():

@@ -3,19 +3,22 @@
 import errno
 import json
 import shutil
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from engine_fast.data.prepare import Prepared, prepare
+from engine_fast.distributed import sealing
 from engine_fast.distributed.engine import Engine
 from engine_fast.errors import CheckpointError, ConfigError, DivergenceError, VocabularyError
 from engine_fast.models import load_model
 from engine_fast.training import Interrupted, loop, train_cmlm, train_engine
+from engine_fast.training import checkpoints as checkpoints_module
 from engine_fast.training.averaging import mean_of
 
-from .conftest import failing_after, lines_of, make_config, weights_of
+from .conftest import failing_after, lines_of, make_config, stop_at, weights_of
 
 
 def checkpoints(directory):
@@ -24,7 +27,7 @@ def checkpoints(directory):
 
 def test_a_stage_leaves_what_the_contract_says(plain_teacher):
     assert sorted(path.name for path in plain_teacher.iterdir()) == [
-        "checkpoints", "config.yaml", "metrics.jsonl", "model", "run.json",
+        "checkpoints", "config.yaml", "metrics.jsonl", "model", "run.json", "vocabulary",
     ]  # fmt: skip
     train = lines_of(plain_teacher, "train")
     assert [line["update"] for line in train] == [3, 6, 9, 12]
@@ -68,18 +71,6 @@ def test_a_finished_stage_can_be_made_longer_but_not_another(teach, plain_teache
         teach(teacher__optim__lr=1e-2)
     teach()
     assert weights_of(directory) == weights_of(plain_teacher)
-
-
-def stop_at(monkeypatch, update):
-    """A SIGTERM that arrives during the given update."""
-    real = loop.Trainer._update
-
-    def update_and_stop(self):
-        real(self)
-        if self.progress.update == update:
-            self._stop.request(15, None)
-
-    monkeypatch.setattr(loop.Trainer, "_update", update_and_stop)
 
 
 HALF = {"teacher__precision": "bf16", "teacher__ema_decay": 0.5, "teacher__batch__accumulate": 2}
@@ -131,7 +122,7 @@ def test_accumulation_equals_one_large_batch(teach, monkeypatch):
         return type(feed)(
             feed.epoch,
             feed.next_epoch,
-            feed.next_offset,
+            feed.next_consumed,
             ((self._corpus.collate(chosen), 1.0),),
             feed.num_target_tokens,
             feed.digest,
@@ -294,13 +285,40 @@ def test_no_whole_checkpoint_is_an_error_not_a_fresh_start(teach, monkeypatch):
 def test_a_full_disk_keeps_the_last_checkpoint_and_leaves_nothing_half(teach, monkeypatch, plain_teacher):
     full = OSError(errno.ENOSPC, "No space left on device")
     # Calls: checkpoint 4, best 4, checkpoint 8.
-    with failing_after(monkeypatch, loop, "save_file", 2, full), pytest.raises(CheckpointError) as caught:
+    with failing_after(monkeypatch, checkpoints_module, "save_file", 2, full), pytest.raises(CheckpointError) as caught:
         teach()
     assert "No space left on device" in str(caught.value)
     assert "last good checkpoint is update-00000004" in str(caught.value)
     directory = teach._root / "teacher"
     assert checkpoints(directory) == ["best-00000004", "latest", "update-00000004"]
     assert weights_of(teach()) == weights_of(plain_teacher)
+
+
+@pytest.mark.parametrize(("calls", "kept"), [(1, 4), (2, 4), (5, 12)])
+def test_a_disk_that_fails_in_the_background_is_told_at_the_next_save_or_the_end(
+    teach, monkeypatch, plain_teacher, calls, kept
+):
+    """Calls: checkpoint 4, best 4, checkpoint 8, best 8, checkpoint 12, best 12."""
+    failing = OSError(errno.EIO, "Input/output error")
+    with failing_after(monkeypatch, sealing, "sync_and_sum", calls, failing), pytest.raises(CheckpointError) as caught:
+        teach()
+    assert "Input/output error" in str(caught.value)
+    assert f"last good checkpoint is update-{kept:08d}" in str(caught.value)
+    assert not [name for name in checkpoints(teach._root / "teacher") if name.startswith(".")]
+    assert weights_of(teach()) == weights_of(plain_teacher)
+
+
+def test_a_run_that_diverges_names_the_checkpoint_that_was_being_sealed(teach, monkeypatch):
+    real = sealing.sync_and_sum
+
+    def slow(directory, names):
+        time.sleep(0.3)
+        return real(directory, names)
+
+    monkeypatch.setattr(sealing, "sync_and_sum", slow)
+    poison(monkeypatch, 6)
+    with pytest.raises(DivergenceError, match=r"last good checkpoint is .*update-00000004"):
+        teach(teacher__validate_every=100)
 
 
 def test_a_checkpoint_that_would_fill_the_disk_is_refused(teach, monkeypatch):
@@ -320,15 +338,15 @@ def test_a_directory_that_cannot_be_written_to_is_named(teach, monkeypatch, tmp_
         teach("elsewhere")
 
 
-def test_checkpoints_of_another_seed_or_layout_are_refused(teach, monkeypatch):
+def test_checkpoints_of_another_seed_or_average_are_refused(teach, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
         with pytest.raises(Interrupted):
             teach()
     with pytest.raises(CheckpointError, match="seed was 3; now it is 4"):
         teach(seed=4)
-    with pytest.raises(CheckpointError, match="written with zero_stage = 0, this run has 1"):
-        teach(teacher__zero_stage=1)
+    with pytest.raises(CheckpointError, match="written with ema = False, this run has True"):
+        teach(teacher__ema_decay=0.5)
 
 
 def test_a_run_that_diverged_may_go_on_with_another_rate(teach, monkeypatch, capfd):

@@ -5,7 +5,7 @@ import json
 import torch
 
 from engine_fast.distributed import World
-from engine_fast.training.metrics import MetricsLog, Sums, read_metrics
+from engine_fast.training.metrics import MetricsLog, Sums, read_metrics, shared_out
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -21,6 +21,17 @@ def test_averages_divide_each_sum_by_its_own_count():
     assert sums.averages(WORLD) == {
         "tokens": 20, "sentences": 4, "loss": 2, "nll": 2, "energy": 2, "length_loss": 1, "length_accuracy": 0.75,
     }  # fmt: skip
+
+
+def test_sums_of_other_ranks_are_kept_whole():
+    states = [{"loss": 3.0, "tokens": 2.0}, {"loss": 5.0, "tokens": 1.0, "nll": 4.0}]
+    assert shared_out(states, 2) is states
+    for size in (1, 3):
+        parts = shared_out(states, size)
+        assert parts == [{"loss": 8.0, "tokens": 3.0, "nll": 4.0}, *({} for _ in range(size - 1))]
+    sums = Sums(WORLD.device)
+    sums.load(shared_out(states, 1)[0])
+    assert sums.averages(WORLD)["loss"] == 8.0 / 3.0
 
 
 def test_only_what_was_seen_is_reported_and_state_is_exact():

@@ -1,0 +1,115 @@
+"""A model directory from a stage's checkpoints, finished or not: no DeepSpeed, no GPU, no other directory is needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from engine_fast.config import Architecture
+from engine_fast.data.vocabulary import Vocabulary, load_vocabulary
+from engine_fast.distributed import CheckpointStore, World
+from engine_fast.errors import CheckpointError, ConfigError, VocabularyError
+from engine_fast.models import CMLM, Transformer, save_model
+from engine_fast.models.store import KINDS
+from engine_fast.training.run_directory import VOCABULARY, read_record
+
+
+def export(stage: Path, to: Path, checkpoint: str, *, say: Callable[[str], None]) -> str:
+    """Write the model directory `to` from a snapshot of the stage directory `stage`; returns the snapshot's name.
+
+    checkpoint: "best", "latest" (the newest whole one; `say` hears of damaged ones), or a name such as
+    "update-00000500", or "update-500". Checksums are compared before, and `to` is replaced only by a whole directory.
+    Raises CheckpointError, VocabularyError, ConfigError.
+    """
+    record = _described(stage)
+    if to.exists() and not (to / "config.json").is_file() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"--to {to}: exists, and is no model directory. Choose another directory.")
+    store = CheckpointStore(stage / "checkpoints", world=World(0, 1, torch.device("cpu")))
+    name = _find(store, checkpoint, say)
+    description = record["model"]
+    vocabularies = _vocabulary(stage / "vocabulary", "source"), _vocabulary(stage / "vocabulary", "target")
+    try:
+        architecture = Architecture.model_validate(description["architecture"])
+    except ValidationError as error:
+        raise CheckpointError(f"{stage / 'run.json'}: the architecture cannot be used ({error}).") from error
+    origin, weights = str(store.directory / name), store.weights(name)
+    model = assemble(KINDS[description["kind"]], architecture, *vocabularies, weights, origin=origin)
+    save_model(to, model, *vocabularies, card=description["card"] | {"checkpoint": name})
+    return name
+
+
+def assemble(
+    kind: type[Transformer] | type[CMLM],
+    architecture: Architecture,
+    source: Vocabulary,
+    target: Vocabulary,
+    weights: dict[str, Tensor],
+    *,
+    origin: str,
+) -> Transformer | CMLM:
+    """A model with a snapshot's weights. Raises CheckpointError that names a tensor which does not fit."""
+    model = kind(architecture, len(source), len(target))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in weights or weights[name].shape != parameter.shape:
+                found = tuple(weights[name].shape) if name in weights else "nothing"
+                raise CheckpointError(f"{origin}: tensor {name}: {found}, expected shape {tuple(parameter.shape)}.")
+            parameter.copy_(weights[name])
+    return model
+
+
+def _described(stage: Path) -> dict[str, Any]:
+    record = read_record(stage)
+    if not record:
+        raise CheckpointError(f"{stage}: no readable run.json here. Give the directory of a trained stage.")
+    if "model" not in record:
+        raise CheckpointError(
+            f"{stage}: run.json does not describe the model: an older engine-fast wrote it. If the stage is finished, "
+            "take its model directory; otherwise continue it first."
+        )
+    return record
+
+
+def _find(store: CheckpointStore, checkpoint: str, say: Callable[[str], None]) -> str:
+    """Name of a snapshot that is there."""
+    if checkpoint == "latest":
+        snapshot = store.newest(say)
+        if snapshot is None:
+            raise CheckpointError(f"{store.directory}: no checkpoint yet. Wait for the first one.")
+        return snapshot.directory.name
+    kept = sorted(path.name for pattern in ("best-*", "update-*") for path in store.directory.glob(pattern))
+    if checkpoint == "best":
+        best = [name for name in kept if name.startswith("best-")]
+        if not best:
+            raise CheckpointError(f"{store.directory}: nothing was validated yet. Take --checkpoint latest.")
+        return best[-1]  # the earlier ones belong to earlier checkpoints
+    kind, _, number = checkpoint.partition("-")
+    name = f"{kind}-{int(number):08d}" if number.isdigit() else checkpoint
+    if name not in kept:
+        raise CheckpointError(
+            f"--checkpoint {checkpoint}: not in {store.directory}, which holds {', '.join(kept) or 'none'}. "
+            "Take best, latest or one of these."
+        )
+    return name
+
+
+def _vocabulary(directory: Path, side: str) -> Vocabulary:
+    try:
+        entry = json.loads((directory / VOCABULARY).read_text(encoding="utf-8"))[side]
+    except (OSError, ValueError, KeyError) as error:
+        raise VocabularyError(
+            f"{directory / VOCABULARY}: cannot be read ({error}). Continue the stage first."
+        ) from error
+    vocabulary = load_vocabulary(directory / entry["file"])
+    if vocabulary.fingerprint != entry["hash"]:
+        raise VocabularyError(
+            f"{directory / entry['file']}: hash {vocabulary.fingerprint[:12]}, but the stage was trained with "
+            f"{entry['hash'][:12]}. The file was changed: put the original back, or continue the stage first."
+        )
+    return vocabulary
