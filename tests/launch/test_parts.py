@@ -253,7 +253,7 @@ def test_the_first_to_stand_still_is_the_one_that_hangs(attempt):
 
 def test_patient_ranks_and_those_that_start_do_not_hang(attempt):
     ranks = Ranks(attempt)
-    for now in range(0, 49, 2):
+    for now in range(0, 49, 4):
         assert ranks.at(now, 5, 5, 0, patient=(0, 1)) is None
     trouble = ranks.at(51, 5, 5, 0, patient=(0, 1))
     assert (trouble.rank, trouble.kind) == (2, "hung")
@@ -262,7 +262,7 @@ def test_patient_ranks_and_those_that_start_do_not_hang(attempt):
 
 def test_one_that_stands_alone_hangs_later(attempt):
     ranks = Ranks(attempt)
-    for now in range(0, 100, 4):
+    for now in range(0, 101, 4):
         assert ranks.at(now, 5, now + 1, now + 1) is None
     assert ranks.at(102, 5, 200, 200).rank == 0
 
@@ -276,6 +276,18 @@ def test_silent_and_stopped_ranks(attempt):
     assert (trouble.rank, trouble.kind) == (2, "stopped")
     trouble = ranks.at(7, 5, None, 3)
     assert (trouble.rank, trouble.kind) == (1, "lost")
+
+
+def test_nobody_is_blamed_for_a_pause_of_the_launcher(attempt):
+    ranks = Ranks(attempt)
+    assert ranks.at(1, 1, 1, 1) is None
+    ranks.watch.look(200)
+    assert ranks.watch.trouble(200) is None
+    ranks.watch.look(204)
+    assert ranks.watch.trouble(204) is None
+    for now in (205, 206):
+        ranks.watch.look(now)
+    assert ranks.watch.trouble(206).kind == "lost"
 
 
 def test_pdsh_tells_of_a_host_that_it_cannot_reach(attempt):

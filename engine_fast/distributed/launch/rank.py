@@ -25,7 +25,7 @@ from engine_fast.distributed.launch.attempt import Attempt, End, Spec, read_json
 from engine_fast.distributed.launch.environment import for_rank
 from engine_fast.errors import ConfigError
 
-_TICK = 1.0
+_TICK, _GAP = 1.0, 5.0
 _WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _PLACES = {
     "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -100,6 +100,7 @@ class Guard:
         self._asked_at: float | None = None
         self._forwarded_at = -1e9
         self._heard: tuple[float, Any] = (time.monotonic(), None)
+        self._looked_at = time.monotonic()
 
     def run(self) -> int:
         """Start the rank, stay until it has ended, write its marker. Returns the exit code for the transport."""
@@ -188,8 +189,9 @@ class Guard:
     def _look(self) -> None:
         """Obey the launcher; without one, as if it had asked to save and end."""
         now, order = time.monotonic(), read_json(self._attempt.beat_path)
-        if order is not None and order["count"] != self._heard[1]:
-            self._heard = now, order["count"]
+        held, self._looked_at = now - self._looked_at > _GAP, now  # this process was held, perhaps with its host
+        if held or (order is not None and order["count"] != self._heard[1]):
+            self._heard = now, order["count"] if order is not None else None
         stop = (order or {}).get("stop")
         if stop is None and now - self._heard[0] > self._spec.lost_seconds:
             stop = {"action": "save", "why": f"the launcher has given no sign for {self._spec.lost_seconds:g} s"}

@@ -9,6 +9,7 @@ from typing import Any
 
 from engine_fast.distributed.launch.attempt import Attempt, End, Spec, read_json
 
+_GAP_SECONDS = 5.0
 _PEERS = re.compile(
     r"(?i)connection (was )?(closed|reset|refused|aborted)|broken pipe|DistBackendError|DistNetworkError|DistStoreError"
     r"|timed out|timeout|NCCL|Gloo|peer"
@@ -75,14 +76,20 @@ class Watch:
     started: float
     """By the monotonic clock."""
     ranks: dict[int, Seen] = field(default_factory=dict)
+    looked_at: float = 0.0
 
     def __post_init__(self) -> None:
+        self.looked_at = self.started
         self.ranks = {
             rank: Seen(progress_at=self.started, alive_at=self.started) for rank in range(self.spec.world_size)
         }
 
     def look(self, now: float) -> None:
         """Read what has changed."""
+        gap = now - self.looked_at
+        if gap > _GAP_SECONDS:
+            self._forgive(gap)
+        self.looked_at = now
         for rank, seen in self.ranks.items():
             if seen.end is not None:
                 continue
@@ -93,7 +100,7 @@ class Watch:
             beat = read_json(self.attempt.rank_path(rank, "beat"))
             if beat:
                 self._note(seen, beat, now)
-            seen.end = self.attempt.read_end(rank)
+            seen.end = self.attempt.read_end(rank, beat or {})
 
     def trouble(self, now: float) -> Trouble | None:
         """The failure to act on, if there is one."""
@@ -125,6 +132,13 @@ class Watch:
 
     def unended(self) -> list[int]:
         return [rank for rank, seen in self.ranks.items() if seen.end is None]
+
+    def _forgive(self, gap: float) -> None:
+        """This process was held, or its file system was: in that time nobody could have been seen."""
+        for seen in self.ranks.values():
+            seen.progress_at += gap
+            seen.alive_at += gap
+            seen.stopped_at = None if seen.stopped_at is None else seen.stopped_at + gap
 
     def _note(self, seen: Seen, beat: Mapping[str, Any], now: float) -> None:
         if "alive" not in beat:
