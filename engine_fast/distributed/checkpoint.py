@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from engine_fast.distributed.manifest import read_manifest, share, sync, verify
@@ -241,7 +242,7 @@ class CheckpointStore:
         if everywhere or self._world.is_main:
             try:
                 action()
-            except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            except (OSError, RuntimeError, SafetensorError) as error:  # the last two: a full disk, says each library
                 failure = " ".join(str(error).split())[:300]
         failures = [text for text in self._world.gather(failure) if text]
         if failures:

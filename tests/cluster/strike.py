@@ -20,7 +20,8 @@ from tests.cluster.nodes import Cluster
 _METHOD = {"in step": "step", "in save": "save", "in load": "load"}
 _NUMBER = {"in step": 2, "in save": 1, "in load": 1}
 """From the half-done run: the second update, the first save, the only load."""
-_DISK_MB = 8
+_DISK_MB = 128
+"""More than the 100 MB without which the launcher does not start."""
 _LEAVING = 60.0
 """Seconds that ranks may take to notice that there is no launcher any more, to save and to end."""
 

@@ -123,7 +123,8 @@ def supervise(
         )
         _await_ends(watch, heart, spec, interrupts=interrupts, tail=tail, say=say)
         if trouble is not None:
-            trouble = _missing(watch, trouble if interrupted else _refined(watch, trouble))
+            better = _refined(watch, trouble)
+            trouble = _missing(watch, trouble if interrupted and better.kind != "interrupted" else better)
             interrupted = interrupted and trouble.kind != "lost"
     finally:
         heart.end()

@@ -193,7 +193,9 @@ def first_failure(failed: Mapping[int, End]) -> int:
 def echo(end: End) -> int:
     """How likely a rank ended so because of another one, from 0."""
     if end.kind == "ended":
-        return 3
-    if end.kind == "interrupted" or (end.kind == "signal" and "SIGTERM" in end.error):
+        return 4
+    if end.kind == "interrupted":
+        return 3 if "another rank" in end.error else 2
+    if end.kind == "signal" and "SIGTERM" in end.error:
         return 2
     return int(end.kind == "exception" and _PEERS.search(end.error) is not None)

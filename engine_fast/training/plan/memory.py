@@ -156,6 +156,7 @@ def _walk(tape: list[Block], zero: Zero, held: Bytes, accumulated: bool) -> dict
             peaks[name] = now
 
     before = zero.gradients(0, accumulated=accumulated)
+    note("forward", before, Counter(workspace=zero.gathering()))
     saved = 0
     for block in tape:
         saved += block.saved

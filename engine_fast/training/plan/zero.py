@@ -29,6 +29,7 @@ DEFAULTS = {
     "reduce_bucket_size": 500_000_000,
     "stage3_max_live_parameters": 1_000_000_000,
     "stage3_param_persistence_threshold": 100_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
 }
 """DeepSpeed's, in values."""
 _ALLREDUCE_VALUES = 500_000_000
@@ -128,6 +129,12 @@ class Zero:
             return 0
         live: int = self._zero("stage3_max_live_parameters")
         return self.weight_bytes * min(self.sizes.total, live)
+
+    def gathering(self) -> int:
+        """Bytes of the copies that gloo makes of the weights that come together first, ahead of their use."""
+        prefetched: int = self._zero("stage3_prefetch_bucket_size")
+        scattered = self.gathered() - self.persistent()
+        return min(scattered, self.weight_bytes * prefetched) * (self._copies - 1)
 
     def persistent(self) -> int:
         """Bytes of the small tensors that stage 3 keeps whole from one step to the next."""
