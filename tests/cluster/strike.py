@@ -150,17 +150,13 @@ def _outlive(cluster: Cluster, launch: Launch, result: Result) -> None:
     launcher = launch.launcher()
 
     def alone() -> bool:
-        return not any("engine_fast" in p.command and p.parent != 0 for p in _others(cluster, launcher.pid))
+        return not any("engine_fast" in process.command and process.parent for process in cluster.head.processes())
 
     try:
         launches.wait(alone, launches.LIMIT, lambda: "")
     except TimeoutError:
         result.problems.append("ranks went on without the launcher")
     os.kill(launcher.outside, signal.SIGCONT)
-
-
-def _others(cluster: Cluster, pid: int) -> list[Any]:
-    return [process for process in cluster.head.processes() if process.pid != pid]
 
 
 def _continue(cluster: Cluster, made: Materials, out: Path, result: Result) -> str:
