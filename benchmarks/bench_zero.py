@@ -46,7 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
     "teacher compiled": {"zero_stage": 1, "teacher_compile": True},
     "compile": {"zero_stage": 1, "compile": True, "teacher_compile": True},
 }
-"""In the order of their worth, compilers last, for they may take all that is left; precision bf16 unless said otherwise, a bucket of 5e7."""
+"""In the order of their worth, compilers last, for they may take all that is left. Precision bf16 unless said otherwise,
+a bucket of 5e7."""
 _CASE_SECONDS = 90
 """A case that takes longer is cut off, for the sake of the others."""
 GPU_ONLY = {"fp32, fp16 teacher", "fp16"}
@@ -184,9 +185,10 @@ def main() -> int:
         base = rows.get("plain", {}).get("tokens_per_second")
         if base:
             row["speed_over_plain"] = row["tokens_per_second"] / base
+        beside = f" ({row['speed_over_plain']:.2f} of plain)" if base else ""
         print(
-            f"{case:22} {row['tokens_per_second']:9.0f} tokens/s ({row.get('speed_over_plain', 1):.2f} of plain)  peak "
-            f"{row['peak_gib']:.3f} GiB, planned {row['planned_gib']:.3f} ({row['planned_over_peak']:.2f})",
+            f"{case:22} {row['tokens_per_second']:9.0f} tokens/s{beside}  peak {row['peak_gib']:.3f} GiB, planned "
+            f"{row['planned_gib']:.3f} ({row['planned_over_peak']:.2f})",
             flush=True,
         )
     if left_out:
