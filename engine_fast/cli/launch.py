@@ -71,7 +71,10 @@ def launch(
 
 
 def _say(text: str) -> None:
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    try:
+        print(f"launch: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # the terminal is gone; the ranks are still to be brought to an end
 
 
 def _arguments(words: list[str], out: Path, overrides: list[str]) -> tuple[str, ...]:

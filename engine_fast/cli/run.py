@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,8 @@ def run(
     from engine_fast.config import dump_config, load_config
 
     settings = load_config(config, overrides or [])
-    say(dump_config(settings))
+    if os.environ.get("RANK", "0") == "0":
+        say(dump_config(settings))
     from engine_fast.recipes.run import run as run_recipe  # torch and more: after the mistakes that need none
 
     results = run_recipe(settings, out, say=say)

@@ -58,6 +58,12 @@ LEFT_OUT = (
         ("full disk",),
         victims=("rank 1", "launcher", "child", "guard"),
     ),
+    Rule(
+        "it does not know what its rank is doing: the same at every moment, tried in step",
+        ("kill -9", "SIGTERM", "SIGSTOP"),
+        moments=("in save", "in load"),
+        victims=("guard",),
+    ),
     Rule("it owns no part of a checkpoint", DAMAGES, victims=("launcher", "child", "guard")),
     Rule(
         "what is torn while it is written is what kill -9 and full disk leave; checksums are taken when it is sealed, "
@@ -67,12 +73,13 @@ LEFT_OUT = (
     ),
 )
 
+_HALVES = ("writing", "sealing")
 VARIANTS = {
-    ("exception", "in step"): ("raised", "not finite"),
-    ("kill -9", "in save"): ("writing", "sealing"),
-    ("full disk", "in save"): ("writing", "sealing"),
+    **{("exception", "in step", victim): ("raised", "not finite") for victim in VICTIMS},
+    **{("kill -9", "in save", victim): _HALVES for victim in ("rank 0", "rank 1")},
+    ("full disk", "in save", "rank 0"): _HALVES,
 }
-"""Where one cell stands for two faults, or for the two halves of a save: the ranks', and the background thread's."""
+"""Where one cell stands for two faults, or for the two halves of a save: the rank's, and its background thread's."""
 
 
 @dataclass(slots=True)
@@ -98,7 +105,7 @@ def every_combination() -> Iterator[Case]:
     for fault in FAULTS:
         for moment in MOMENTS:
             for victim in VICTIMS:
-                for variant in VARIANTS.get((fault, moment), ("",)):
+                for variant in VARIANTS.get((fault, moment, victim), ("",)):
                     yield Case(fault, moment, victim, variant)
 
 
@@ -111,7 +118,7 @@ def causes(case: Case) -> list[str]:
     if case.fault in DAMAGES:
         return [r"checkpoint \S+update-\d+ is damaged", r"falling back to checkpoint|no checkpoint is whole"]
     if case.fault == "full disk":
-        return [r"No space left|stay free|[Ff]ree some space"]
+        return [r"No space left|must stay free", r"Free some space"]
     if case.victim == "launcher":
         return (
             [r"interrupted after"]
@@ -123,7 +130,7 @@ def causes(case: Case) -> list[str]:
     if case.victim == "child":
         return [r"what starts the ranks ended by signal 9"]
     if case.victim == "guard":
-        return [rf"rank {case.rank} on localhost", r"no sign of its host|ended before"]
+        return [rf"rank {case.rank} on localhost", r"its guard left no word|no sign of its host"]
     what = {
         "kill -9": r"killed by SIGKILL",
         "SIGSTOP": r"it was stopped by a signal",

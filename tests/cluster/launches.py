@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,3 @@ def damage(path: Path, how: str) -> None:
     else:
         data[len(data) // 2] ^= 0x10
     path.write_bytes(data)
-
-
-def show_command(arguments: Sequence[str]) -> str:
-    return "engine-fast " + " ".join(arguments)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import sys
@@ -87,15 +88,19 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def report(results: list[Result], command: str) -> dict[str, Any]:
+def report(results: list[Result], command: str, work: Path) -> dict[str, Any]:
+    def portable(result: Result) -> dict[str, Any]:
+        tree = json.dumps(asdict(result)).replace(str(work / "cases"), "OUT").replace(sys.prefix, ".venv")
+        return dict(json.loads(tree))
+
     return {
         "command": command,
         "tried": len(results),
         "survived": sum(not result.problems for result in results),
         "not_tried_yet": [name for name, _ in attempts() if name not in {result.case for result in results}],
         "settings": {"hang_seconds": HANG_SECONDS, "grace_seconds": GRACE_SECONDS},
-        "machine": {"system": platform.system(), "cpus": _cpus()},
-        "cases": [asdict(result) for result in results],
+        "machine": {"system": platform.system(), "cpus": len(os.sched_getaffinity(0))},
+        "cases": [portable(result) for result in results],
         "left_out": [{"case": case.name, "reason": left_out(case)} for case in every_combination() if left_out(case)],
     }
 
@@ -109,24 +114,19 @@ def main() -> None:
     if reason := obstacle():
         sys.exit(f"fault matrix: {reason}")
     with tempfile.TemporaryDirectory() as temporary:
-        results = run_matrix(arguments.work or Path(temporary), arguments.only, lambda line: print(line, flush=True))
+        work = (arguments.work or Path(temporary)).absolute()
+        results = run_matrix(work, arguments.only, lambda line: print(line, flush=True))
     text = table(results)
     print(text)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "fault_matrix.txt").write_text(text)
-    written = report(results, "python -m tests.cluster.matrix --out benchmarks/results")
+    written = report(results, "python -m tests.cluster.matrix --out benchmarks/results", work)
     (arguments.out / "fault_matrix.json").write_text(json.dumps(written, indent=1) + "\n")
     sys.exit(any(result.problems for result in results))
 
 
 def _reason_number(case: Case) -> int:
     return next(number for number, rule in enumerate(LEFT_OUT, start=1) if rule.applies(case))
-
-
-def _cpus() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from tests.cluster.nodes import Cluster
 _METHOD = {"in step": "step", "in save": "save", "in load": "load"}
 _NUMBER = {"in step": 2, "in save": 1, "in load": 1}
 """From the half-done run: the second update, the first save, the only load."""
-_DISK_MB = 8
+_DISK_MB = 128
+"""More than the 100 MB without which the launcher does not start."""
 _LEAVING = 60.0
 """Seconds that ranks may take to notice that there is no launcher any more, to save and to end."""
 
@@ -149,17 +150,13 @@ def _outlive(cluster: Cluster, launch: Launch, result: Result) -> None:
     launcher = launch.launcher()
 
     def alone() -> bool:
-        return not any("engine_fast" in p.command and p.parent != 0 for p in _others(cluster, launcher.pid))
+        return not any("engine_fast" in process.command and process.parent for process in cluster.head.processes())
 
     try:
         launches.wait(alone, launches.LIMIT, lambda: "")
     except TimeoutError:
         result.problems.append("ranks went on without the launcher")
     os.kill(launcher.outside, signal.SIGCONT)
-
-
-def _others(cluster: Cluster, pid: int) -> list[Any]:
-    return [process for process in cluster.head.processes() if process.pid != pid]
 
 
 def _continue(cluster: Cluster, made: Materials, out: Path, result: Result) -> str:

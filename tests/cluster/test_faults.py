@@ -7,7 +7,7 @@ import pytest
 from tests.cluster import hosts, strike
 from tests.cluster.cases import FAULTS, MOMENTS, VICTIMS, Case, every_combination, left_out, tried
 
-QUICK = (Case("kill -9", "in step", "launcher"), Case("full disk", "in save", "rank 0"))
+QUICK = (Case("full disk", "in save", "rank 0", "writing"), Case("truncated file", "in load", "rank 1"))
 QUICK_HOSTS = ("a rank is killed, --max-restarts 1",)
 
 

@@ -75,6 +75,7 @@ def compare(work: Path) -> dict[str, Any]:
         "runs": figures,
         "bleu_difference": difference,
         "bleu_tolerance": TOLERANCE,
+        "weights_largest_difference": launches.distance(single, nodes),
         "killed": {"signal": "SIGKILL", "rank": 1, "host": reached["host"], "in_update": KILLED_IN},
         "attempts": len(attempts),
         "left_running": left,

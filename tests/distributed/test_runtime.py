@@ -1,12 +1,15 @@
 """Starting without a launcher."""
 
 import os
+from datetime import timedelta
 
+import deepspeed
 import pytest
 import torch
+import torch.distributed as dist
 
 from engine_fast.config import RuntimeConfig
-from engine_fast.distributed import start
+from engine_fast.distributed import runtime, start
 from engine_fast.distributed.runtime import World
 from engine_fast.errors import CheckpointError, ConfigError, PeerError
 
@@ -25,6 +28,16 @@ def test_half_a_launcher_is_an_error(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ConfigError, match="set RANK but not WORLD_SIZE"):
         start(RuntimeConfig(device="cpu"))
+
+
+@pytest.mark.parametrize(("seconds", "given"), [(0, None), (7, timedelta(seconds=7))])
+def test_waiting_for_other_ranks_has_a_limit(monkeypatch, seconds, given):
+    asked = {}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **settings: asked.update(settings))
+    runtime._join(torch.device("cpu"), seconds)
+    assert asked.get("timeout") == given
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

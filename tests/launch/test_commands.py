@@ -188,11 +188,11 @@ def test_hostile_values_through_deepspeeds_runner_and_a_shell(tmp_path):
         "json.dump(dict(os.environ), open('seen-' + os.environ['RANK'], 'w')); presence.finished(0)"
     )
     spec = make_spec(
-        hosts=(Host("n1", 1), Host("n2", 2)), python=str(python), cwd=str(odd), program=(str(python), "-c", report),
+        hosts=(Host("n1", 1),), python=str(python), cwd=str(odd), program=(str(python), "-c", report),
         arguments=tuple(HOSTILE.values()),
     )  # fmt: skip
     trees = {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, sys.path), str(odd)])}
-    attempt.describe(spec, {host: {**HOSTILE, **trees} for host in ("n1", "n2")})
+    attempt.describe(spec, {"n1": {**HOSTILE, **trees}})
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / ".deepspeed_env").write_text("# a comment\nA=$(touch pwned)\n")
     around = {**os.environ, **HOSTILE, **trees, "HOME": str(tmp_path / "home"), "DS_ACCELERATOR": "cpu"}
@@ -201,12 +201,11 @@ def test_hostile_values_through_deepspeeds_runner_and_a_shell(tmp_path):
     done = subprocess.run(command.argv, env=command.environment, cwd=command.cwd, capture_output=True, check=False)
     said = done.stdout.decode(errors="replace") + done.stderr.decode(errors="replace")
     assert done.returncode == 0, said[-3000:]
-    assert [attempt.read_end(rank).kind for rank in range(3)] == ["done"] * 3
-    for rank, local in ((0, "0"), (1, "0"), (2, "1")):
-        seen = json.loads((odd / f"seen-{rank}").read_text())
-        assert {name: seen.get(name) for name in HOSTILE} == HOSTILE
-        assert seen["PYTHONPATH"] == trees["PYTHONPATH"]
-        assert (seen["LOCAL_RANK"], seen["WORLD_SIZE"], seen["MASTER_ADDR"]) == (local, "3", "n1")
+    assert attempt.read_end(0).kind == "done"
+    seen = json.loads((odd / "seen-0").read_text())
+    assert {name: seen.get(name) for name in HOSTILE} == HOSTILE
+    assert seen["PYTHONPATH"] == trees["PYTHONPATH"]
+    assert (seen["LOCAL_RANK"], seen["WORLD_SIZE"], seen["MASTER_ADDR"]) == ("0", "1", "n1")
     assert not list(tmp_path.rglob("pwned"))
     assert not Path("/pwned").exists()
 

@@ -93,14 +93,15 @@ def test_presence_is_nothing_without_a_guard(monkeypatch):
 def test_presence_through_shared_memory(monkeypatch):
     board, descriptor = presence.Board.create()
     monkeypatch.setattr(presence, "_board", presence.Board(descriptor))
-    assert board.progress() == (0, False, "")
+    assert board.progress() == (0, False, "", 0.0)
     presence.beat("update 1 \u00e4")
-    assert board.progress() == (1, False, "update 1 \u00e4")
+    assert board.progress()[:3] == (1, False, "update 1 \u00e4")
+    assert time.time() - board.progress()[3] < 60
     with presence.patient("waiting"):
         with presence.patient("longer " * 100):
             assert board.progress()[1]
         assert board.progress()[1]
-    assert board.progress() == (5, False, "waiting: over")
+    assert board.progress()[:3] == (5, False, "waiting: over")
     assert board.end() == {}
     presence.explain("exception", "first \x00" * 9000, traceback="t" * 90000)
     presence.explain("mistake", "second")
@@ -219,7 +220,7 @@ class Ranks:
     """Writes what guards would."""
 
     def __init__(self, attempt):
-        self.attempt, self.alive = attempt, 0
+        self.attempt, self.alive, self.since = attempt, 0, {}
         self.watch = Watch(attempt, make_spec(), Limits(hang=10, start=50, contact=5, stopped=2, alone=100), 0.0)
         for rank in range(3):
             records.write_json(attempt.rank_path(rank, "json"), {"rank": rank})
@@ -227,12 +228,14 @@ class Ranks:
     def at(self, now, *counts, patient=(), states=None):
         self.alive += 1
         for rank, count in enumerate(counts):
+            if self.since.get(rank, (None, 0))[0] != count:
+                self.since[rank] = count, now
             if count is not None:
                 self.attempt.beat(
                     rank,
                     {
                         "count": count, "what": f"step {count}", "alive": self.alive, "patient": rank in patient,
-                        "state": (states or {}).get(rank, "running"),
+                        "state": (states or {}).get(rank, "running"), "since": self.since[rank][1],
                     },
                 )  # fmt: skip
         self.watch.look(now)
@@ -253,7 +256,7 @@ def test_the_first_to_stand_still_is_the_one_that_hangs(attempt):
 
 def test_patient_ranks_and_those_that_start_do_not_hang(attempt):
     ranks = Ranks(attempt)
-    for now in range(0, 49, 2):
+    for now in range(0, 49, 4):
         assert ranks.at(now, 5, 5, 0, patient=(0, 1)) is None
     trouble = ranks.at(51, 5, 5, 0, patient=(0, 1))
     assert (trouble.rank, trouble.kind) == (2, "hung")
@@ -262,7 +265,7 @@ def test_patient_ranks_and_those_that_start_do_not_hang(attempt):
 
 def test_one_that_stands_alone_hangs_later(attempt):
     ranks = Ranks(attempt)
-    for now in range(0, 100, 4):
+    for now in range(0, 101, 4):
         assert ranks.at(now, 5, now + 1, now + 1) is None
     assert ranks.at(102, 5, 200, 200).rank == 0
 
@@ -276,6 +279,18 @@ def test_silent_and_stopped_ranks(attempt):
     assert (trouble.rank, trouble.kind) == (2, "stopped")
     trouble = ranks.at(7, 5, None, 3)
     assert (trouble.rank, trouble.kind) == (1, "lost")
+
+
+def test_nobody_is_blamed_for_a_pause_of_the_launcher(attempt):
+    ranks = Ranks(attempt)
+    assert ranks.at(1, 1, 1, 1) is None
+    ranks.watch.look(200)
+    assert ranks.watch.trouble(200) is None
+    ranks.watch.look(204)
+    assert ranks.watch.trouble(204) is None
+    for now in (205, 206):
+        ranks.watch.look(now)
+    assert ranks.watch.trouble(206).kind == "lost"
 
 
 def test_pdsh_tells_of_a_host_that_it_cannot_reach(attempt):
@@ -293,6 +308,7 @@ def test_pdsh_tells_of_a_host_that_it_cannot_reach(attempt):
         ({0: ("exception", "RuntimeError: Connection closed by peer", 1), 1: ("signal", "killed by SIGKILL", 2)}, 1),
         ({0: ("signal", "killed by SIGTERM", 1), 1: ("exit", "it exited with 7", 2)}, 1),
         ({0: ("ended", "", 1), 1: ("interrupted", "", 2)}, 1),
+        ({0: ("interrupted", "stopped by a signal to another rank", 1), 1: ("interrupted", "by SIGTERM", 2)}, 1),
         ({0: ("mistake", "a", 3), 1: ("mistake", "b", 2)}, 1),
         ({0: ("exception", "gloo: timed out", 1), 1: ("stopped", "", 5)}, 1),
     ],

@@ -91,7 +91,7 @@ class Attempt:
     launcher.beat           {"count", "stop"}: rewritten every second by the launcher
     stop.json               {"action": "save" | "quit", "why", "dump"}: the same, to be read afterwards
     rank-00000.json         {"rank", "host", "node", "pid", "start_ticks", "pgid", "local_rank", guard and parent alike}
-    rank-00000.beat         {"count", "what", "alive", "patient", "state"}: rewritten every second by the rank's guard
+    rank-00000.beat         {"count", "what", "alive", "patient", "state", "since"}: every second by its guard
     rank-00000.end.json     the End, written last
     rank-00000.log          the rank's standard output and error
     """
@@ -174,8 +174,11 @@ class Attempt:
             short = {**asdict(end), "traceback": "", "error": end.error[:400], "what": end.what[:100]}
             self.beat(rank, {"end": short})
 
-    def read_end(self, rank: int) -> End | None:
-        tree = read_json(self.rank_path(rank, "end.json")) or (read_json(self.rank_path(rank, "beat")) or {}).get("end")
+    def read_end(self, rank: int, beat: Mapping[str, Any] | None = None) -> End | None:
+        """None while the rank has not ended. beat: as read a moment ago."""
+        tree = read_json(self.rank_path(rank, "end.json"))
+        if tree is None:
+            tree = ((read_json(self.rank_path(rank, "beat")) if beat is None else beat) or {}).get("end")
         return End(**tree) if tree else None
 
 

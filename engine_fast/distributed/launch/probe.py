@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import random
+import secrets
 import shutil
 import socket
 import subprocess
@@ -126,7 +127,7 @@ def _read(path: Path) -> str:
 
 
 def _writable(root: Path) -> bool:
-    mine = root / f".probe-{socket.gethostname()}-{os.getpid()}"
+    mine = root / f".probe-{secrets.token_hex(8)}"
     try:
         mine.touch(exist_ok=False)
         mine.unlink()

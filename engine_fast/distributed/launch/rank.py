@@ -25,7 +25,7 @@ from engine_fast.distributed.launch.attempt import Attempt, End, Spec, read_json
 from engine_fast.distributed.launch.environment import for_rank
 from engine_fast.errors import ConfigError
 
-_TICK = 1.0
+_TICK, _GAP = 1.0, 5.0
 _WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _PLACES = {
     "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -100,6 +100,7 @@ class Guard:
         self._asked_at: float | None = None
         self._forwarded_at = -1e9
         self._heard: tuple[float, Any] = (time.monotonic(), None)
+        self._looked_at = time.monotonic()
 
     def run(self) -> int:
         """Start the rank, stay until it has ended, write its marker. Returns the exit code for the transport."""
@@ -175,12 +176,19 @@ class Guard:
 
     def _beat(self) -> None:
         self._alive += 1
-        count, patient, what = self._board.progress()
+        count, patient, what, since = self._board.progress()
         state = "stopped" if self._stopped else "running"
         try:
             self._attempt.beat(
                 self._place.rank,
-                {"count": count, "what": what, "alive": self._alive, "patient": patient, "state": state},
+                {
+                    "count": count,
+                    "what": what,
+                    "alive": self._alive,
+                    "patient": patient,
+                    "state": state,
+                    "since": since,
+                },
             )
         except OSError:
             pass  # a full disk or a lost file system: the launcher will miss the beat, training need not
@@ -188,8 +196,9 @@ class Guard:
     def _look(self) -> None:
         """Obey the launcher; without one, as if it had asked to save and end."""
         now, order = time.monotonic(), read_json(self._attempt.beat_path)
-        if order is not None and order["count"] != self._heard[1]:
-            self._heard = now, order["count"]
+        held, self._looked_at = now - self._looked_at > _GAP, now  # this process was held, perhaps with its host
+        if held or (order is not None and order["count"] != self._heard[1]):
+            self._heard = now, order["count"] if order is not None else None
         stop = (order or {}).get("stop")
         if stop is None and now - self._heard[0] > self._spec.lost_seconds:
             stop = {"action": "save", "why": f"the launcher has given no sign for {self._spec.lost_seconds:g} s"}
@@ -245,7 +254,7 @@ class Guard:
 
     def _end(self) -> End:
         said, status = self._board.end(), self._status
-        _, _, what = self._board.progress()
+        _, _, what, _ = self._board.progress()
         when, traceback = float(said.get("when", time.time())), str(said.get("traceback", ""))
         kind, error = str(said.get("kind", "exit")), str(said.get("error", ""))
         if status is None:

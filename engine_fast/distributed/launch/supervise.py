@@ -19,7 +19,7 @@ from engine_fast.distributed.launch.watch import Limits, Trouble, Watch, echo, f
 
 MISTAKE = 2
 """Exit code of engine-fast when somebody has to change something."""
-_POLL = 0.25
+_POLL, _RANKS_A_SECOND = 0.25, 500
 _SETTLE = 1.5
 """Seconds in which the ranks that die of another's death may still be overtaken by its own marker."""
 _QUIT_SECONDS = 10.0
@@ -123,7 +123,8 @@ def supervise(
         )
         _await_ends(watch, heart, spec, interrupts=interrupts, tail=tail, say=say)
         if trouble is not None:
-            trouble = _missing(watch, trouble if interrupted else _refined(watch, trouble))
+            better = _refined(watch, trouble)
+            trouble = _missing(watch, trouble if interrupted and better.kind != "interrupted" else better)
             interrupted = interrupted and trouble.kind != "lost"
     finally:
         heart.end()
@@ -178,7 +179,12 @@ def _run(
                 say(f"{why}; ending the others")
             heart.publish({"action": trouble.action, "why": why, "dump": trouble.dump})
             return trouble, False
-        time.sleep(_POLL)
+        _pause(watch)
+
+
+def _pause(watch: Watch) -> None:
+    """Less often for more ranks: each look opens two files a rank."""
+    time.sleep(max(_POLL, watch.spec.world_size / _RANKS_A_SECOND))
 
 
 def _settle(watch: Watch) -> None:
@@ -250,7 +256,7 @@ def _await_ends(watch: Watch, heart: Heart, spec: Spec, *, interrupts: Interrupt
         limit = quits_at + _QUIT_SECONDS if quits_at is not None else began + spec.grace_seconds + _QUIT_SECONDS
         if now > limit or (quits_at is not None and silent):
             return
-        time.sleep(_POLL)
+        _pause(watch)
 
 
 def end_transport(child: subprocess.Popen[bytes], *, late: bool, interrupts: Interrupt) -> None:
@@ -287,9 +293,11 @@ class _Tail:
         except OSError:
             return
         self._offset += len(fresh)
-        if fresh:
+        try:
             sys.stderr.buffer.write(fresh)
             sys.stderr.buffer.flush()
+        except OSError:
+            pass  # the terminal is gone; the ranks are still to be brought to an end
 
 
 def read_log(path: Path, limit: int = 200_000) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from engine_fast.distributed.launch.attempt import Attempt, End, Spec, read_json
 
+_GAP_SECONDS = 5.0
 _PEERS = re.compile(
     r"(?i)connection (was )?(closed|reset|refused|aborted)|broken pipe|DistBackendError|DistNetworkError|DistStoreError"
     r"|timed out|timeout|NCCL|Gloo|peer"
@@ -62,6 +63,8 @@ class Seen:
     progress_at: float = 0.0
     """When `count` last changed, by the launcher's own clock; likewise the others."""
     alive_at: float = 0.0
+    since: float = 0.0
+    """When it made its last beat, by its host's clock: the launcher sees beats a second late, and so out of order."""
     stopped_at: float | None = None
 
 
@@ -75,14 +78,20 @@ class Watch:
     started: float
     """By the monotonic clock."""
     ranks: dict[int, Seen] = field(default_factory=dict)
+    looked_at: float = 0.0
 
     def __post_init__(self) -> None:
+        self.looked_at = self.started
         self.ranks = {
             rank: Seen(progress_at=self.started, alive_at=self.started) for rank in range(self.spec.world_size)
         }
 
     def look(self, now: float) -> None:
         """Read what has changed."""
+        gap = now - self.looked_at
+        if gap > _GAP_SECONDS:
+            self._forgive(gap)
+        self.looked_at = now
         for rank, seen in self.ranks.items():
             if seen.end is not None:
                 continue
@@ -93,7 +102,7 @@ class Watch:
             beat = read_json(self.attempt.rank_path(rank, "beat"))
             if beat:
                 self._note(seen, beat, now)
-            seen.end = self.attempt.read_end(rank)
+            seen.end = self.attempt.read_end(rank, beat or {})
 
     def trouble(self, now: float) -> Trouble | None:
         """The failure to act on, if there is one."""
@@ -126,6 +135,13 @@ class Watch:
     def unended(self) -> list[int]:
         return [rank for rank, seen in self.ranks.items() if seen.end is None]
 
+    def _forgive(self, gap: float) -> None:
+        """This process was held, or its file system was: in that time nobody could have been seen."""
+        for seen in self.ranks.values():
+            seen.progress_at += gap
+            seen.alive_at += gap
+            seen.stopped_at = None if seen.stopped_at is None else seen.stopped_at + gap
+
     def _note(self, seen: Seen, beat: Mapping[str, Any], now: float) -> None:
         if "alive" not in beat:
             return  # the end of a rank whose disk was full
@@ -133,7 +149,7 @@ class Watch:
             seen.count, seen.progress_at = beat["count"], now
         if beat["alive"] != seen.alive:
             seen.alive, seen.alive_at = beat["alive"], now
-        seen.patient, seen.what = beat["patient"], beat["what"]
+        seen.patient, seen.what, seen.since = beat["patient"], beat["what"], beat["since"]
         if beat["state"] != seen.state:
             seen.state = beat["state"]
             seen.stopped_at = now if seen.state == "stopped" else None
@@ -163,10 +179,11 @@ class Watch:
         }
         if not busy:
             return None
-        rank = min(busy, key=lambda rank: busy[rank].progress_at)
         all_stand = now - max(seen.progress_at for seen in busy.values()) > self.limits.hang
-        if not all_stand and now - busy[rank].progress_at <= max(self.limits.hang, self.limits.alone):
+        longest = now - min(seen.progress_at for seen in busy.values())
+        if not all_stand and longest <= max(self.limits.hang, self.limits.alone):
             return None
+        rank = min(busy, key=lambda rank: busy[rank].since)
         why = f"no progress for {now - busy[rank].progress_at:.0f} s at: {busy[rank].what}"
         return Trouble(rank, "hung", why, dump=True)
 
@@ -179,7 +196,9 @@ def first_failure(failed: Mapping[int, End]) -> int:
 def echo(end: End) -> int:
     """How likely a rank ended so because of another one, from 0."""
     if end.kind == "ended":
-        return 3
-    if end.kind == "interrupted" or (end.kind == "signal" and "SIGTERM" in end.error):
+        return 4
+    if end.kind == "interrupted":
+        return 3 if "another rank" in end.error else 2
+    if end.kind == "signal" and "SIGTERM" in end.error:
         return 2
     return int(end.kind == "exception" and _PEERS.search(end.error) is not None)
