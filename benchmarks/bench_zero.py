@@ -46,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "teacher compiled": {"zero_stage": 1, "teacher_compile": True},
     "compile": {"zero_stage": 1, "compile": True, "teacher_compile": True},
 }
-"""In the order of their worth, compilers last, for they may take all that is left. Precision bf16 unless said otherwise,
+"""In the order of their worth, compilers last, for they may take all that is left. bf16 unless said otherwise,
 a bucket of 5e7."""
 _CASE_SECONDS = 90
 """A case that takes longer is cut off, for the sake of the others."""
