@@ -80,6 +80,7 @@ class Launch:
                     os.kill(process.outside, signal.SIGKILL)
                 except ProcessLookupError:
                     pass  # it ended meanwhile
+        self._process.kill()
         self._process.wait()
 
     @property
@@ -104,6 +105,11 @@ class Launch:
     def release(self) -> None:
         """The rank that pauses goes on."""
         (self._control / "go").touch()
+
+    def wake(self) -> None:
+        """SIGCONT to the launcher, and to nsenter, which stops with what it started."""
+        os.kill(self.launcher().outside, signal.SIGCONT)
+        self._process.send_signal(signal.SIGCONT)
 
     def launcher(self) -> Process:
         """The process that a person started."""
