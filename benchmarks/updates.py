@@ -87,13 +87,15 @@ def build(config: RunConfig, work: Work, world: World) -> Training:
 def frozen_teacher(config: RunConfig, work: Work, world: World) -> tuple[Transformer, Any]:
     """A fresh one of the configured precision and placement, and the `within` of a sharded one."""
     settings, size = config.engine, work.vocabulary
-    teacher = Transformer(config.teacher.architecture, size, size).to(world.device)
+    teacher = Transformer(config.teacher.architecture, size, size)
     freeze(teacher, dtype=DTYPES[settings.teacher_precision or settings.precision], dropout=settings.teacher_dropout)
     teacher.activation_checkpointing = settings.teacher_checkpointing
     within = None
     if settings.teacher_placement == "sharded":
-        within = shard_frozen(teacher, extra=config.deepspeed)
+        within = shard_frozen(teacher, device=world.device, extra=config.deepspeed)
         teacher.train(settings.teacher_dropout)
+    else:
+        teacher.to(world.device)
     if settings.teacher_compile:
         teacher.compile_stacks()
     return teacher, within

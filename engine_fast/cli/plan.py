@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from engine_fast.config import RunConfig, load_config
+from engine_fast.config import ROUNDING_ONLY, RunConfig, load_config
 from engine_fast.errors import ConfigError
 from engine_fast.training.plan import STAGES, MemoryPlan, Stage, plan_memory
 from engine_fast.training.plan.advice import Change, fitting_changes
@@ -138,7 +138,15 @@ def _verdict(entry: dict[str, Any], device_memory: float) -> str:
     else:
         lines[0] += " Nothing that is tried suffices; the best is:"
     lines += [f"  {plan.total / GB:9.3f} GB  {_flags(change)}" for change, plan in entry["changes"]]
+    again = sorted({key for change, _ in entry["changes"] for key, _ in change if not _goes_on(key)})
+    if again:
+        lines.append(f"A stage that has begun starts again with another {', '.join(again)}; with the rest it goes on.")
     return "\n".join(lines)
+
+
+def _goes_on(key: str) -> bool:
+    """Whether a stage that has begun continues when this setting changes."""
+    return key.startswith("deepspeed.zero_optimization.") or bool(ROUNDING_ONLY & set(key.split(".")))
 
 
 def _flags(change: Change) -> str:

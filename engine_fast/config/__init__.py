@@ -5,6 +5,7 @@ from engine_fast.config.load import dump_config, load_config, parse_config
 from engine_fast.config.model import Architecture
 from engine_fast.config.run import DistillConfig, EvaluateConfig, RunConfig, RuntimeConfig
 from engine_fast.config.training import (
+    ROUNDING_ONLY,
     BatchConfig,
     CMLMConfig,
     EarlyStopConfig,
@@ -16,6 +17,7 @@ from engine_fast.config.training import (
 )
 
 __all__ = [
+    "ROUNDING_ONLY",
     "Architecture",
     "BatchConfig",
     "CMLMConfig",

@@ -17,6 +17,14 @@ from pydantic import (
 from engine_fast.config.base import Section
 from engine_fast.config.model import Architecture
 
+ROUNDING_ONLY = frozenset(
+    {
+        "zero_stage", "offload", "overlap_communication", "compile", "activation_checkpointing", "head_memory",
+        "teacher_placement", "teacher_compile", "teacher_checkpointing",
+    }
+)  # fmt: skip
+"""Settings of a trained stage that say where things are kept and computed: they change results by rounding at most."""
+
 OperatorName = Literal["SX", "STL", "SG", "ST", "GX"]
 
 
@@ -42,6 +50,14 @@ class BatchConfig(Section):
                 f"leave accumulate at 1, got {self.accumulate}"
             )
         return self
+
+    def per_update(self, ranks: int) -> int:
+        """Micro-batches of an update, over all ranks."""
+        return self.micro_batches or self.accumulate * ranks
+
+    def per_rank(self, ranks: int) -> int:
+        """Micro-batches of an update on each rank, stand-ins counted."""
+        return -(-self.per_update(ranks) // ranks)
 
 
 class OptimConfig(Section):

@@ -106,8 +106,7 @@ class BatchPlan:
         with another number of ranks, or of micro-batches an update, repeats and skips none.
         """
         batches = self._micro_batches(epoch)
-        per_update = self._batch.micro_batches or self._batch.accumulate * self._world_size
-        per_rank = -(-per_update // self._world_size)
+        per_update, per_rank = self._batch.per_update(self._world_size), self._batch.per_rank(self._world_size)
         result = []
         for start in range(consumed, len(batches), per_update):
             group = batches[start : start + per_update]

@@ -28,6 +28,8 @@ from engine_fast.distributed.sealing import Sealing, discard
 from engine_fast.errors import CheckpointError
 
 STATE, WEIGHTS = "state.json", "weights.safetensors"
+PASSING = "passing"
+"""In the state of a snapshot that goes as soon as there is a later one."""
 _GRACE = 30.0
 """Seconds that a run which fails waits for its last snapshot."""
 
@@ -126,15 +128,16 @@ class CheckpointStore:
     def advance(self, name: str, *, keep_last: int, best: int | None) -> None:
         """Rank 0: point `latest` at update snapshot `name`, then remove what it replaces.
 
-        Kept are the newest `keep_last` snapshots up to this one, and every best one that these or `best` refer to.
-        One beyond it was damaged, or training would have continued from it.
+        Kept are this one, the newest `keep_last` up to it that are not passing, and every best one that these or
+        `best` refer to. One beyond it was damaged, or training would have continued from it.
         """
         fresh = self.directory / "latest.new"
         fresh.write_text(name + "\n", encoding="utf-8")
         sync(fresh)
         os.replace(fresh, self.directory / "latest")
         sync(self.directory)
-        kept = [path for path in self.updates() if path.name <= name][-keep_last:]
+        kept = [path for path in self.updates(passing=False) if path.name <= name][-keep_last:]
+        kept += [path for path in (self.directory / name,) if path not in kept]
         for path in self.updates():
             if path not in kept:
                 discard(path)
@@ -190,16 +193,17 @@ class CheckpointStore:
             if self._world.is_main:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def updates(self) -> list[Path]:
-        """Snapshots by update, oldest first, unchecked."""
-        return sorted(self.directory.glob("update-*"))
+    def updates(self, *, passing: bool = True) -> list[Path]:
+        """Snapshots by update, oldest first, unchecked; without the passing ones if these are not wanted."""
+        found = sorted(self.directory.glob("update-*"))
+        return found if passing else [path for path in found if not _read_state(path).get(PASSING)]
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """The float32 weights of a snapshot. Raises CheckpointError if it is damaged."""
+        """The float32 weights of a snapshot. Raises CheckpointError if they are damaged."""
         from safetensors.torch import load_file
 
         directory = self.directory / name
-        verify(directory)
+        verify(directory, [WEIGHTS])
         return load_file(directory / WEIGHTS)
 
     def _damage(self, directory: Path) -> str:

@@ -134,16 +134,8 @@ class Engine:
         return float(getattr(self._engine.optimizer, "cur_scale", 1.0) or 1.0)
 
     def shards(self) -> list[Tensor]:
-        """This rank's float32 master weights; writing to them is followed by `publish`."""
-        optimizer = self._engine.optimizer
-        if self.stage == 0:
-            return [parameter.data for group in optimizer.param_groups for parameter in group["params"]]
-        if self.stage == 3:
-            return list(optimizer.fp32_partitioned_groups_flat)
-        flat = getattr(optimizer, "single_partition_of_fp32_groups", None)
-        if flat is None:
-            flat = optimizer.fp32_groups_flat_partition
-        return [tensor.data for tensor in flat]
+        """This rank's float32 master weights. What is written to them shows in the model after its next step."""
+        return [tensor.data for tensor in self._master.flat()]
 
     def weights(self) -> dict[str, Tensor]:
         """Every trained tensor once, whole, float32, on the CPU. Collective: all ranks call it."""

@@ -21,7 +21,7 @@ from typing import Any
 VARIABLE = "ENGINE_FAST_PRESENCE"
 """Environment: descriptor, device and inode of the shared memory, joined by colons."""
 DUMP_SIGNAL = signal.SIGUSR1
-_PROGRESS = struct.Struct("<QII")  # count, depth of patient phases, bytes of the text that follows
+_PROGRESS = struct.Struct("<QIId")  # count, depth of patient phases, bytes of the text that follows, time
 _TEXT_BYTES = 256
 _END_AT, _END = 512, struct.Struct("<I")
 _BYTES = 1 << 16
@@ -42,18 +42,18 @@ class Board:
         os.ftruncate(descriptor, _BYTES)
         return cls(descriptor), descriptor
 
-    def progress(self) -> tuple[int, bool, str]:
-        """(beats so far, whether in a patient phase, last text)."""
-        count, depth, length = _PROGRESS.unpack_from(self._memory)
+    def progress(self) -> tuple[int, bool, str, float]:
+        """(beats so far, whether in a patient phase, last text, when: seconds since 1970)."""
+        count, depth, length, when = _PROGRESS.unpack_from(self._memory)
         text = self._memory[_PROGRESS.size : _PROGRESS.size + min(length, _TEXT_BYTES)]
-        return count, depth > 0, text.decode("utf-8", "replace")
+        return count, depth > 0, text.decode("utf-8", "replace"), when
 
     def set_progress(self, what: str, *, deeper: int = 0) -> None:
         """One more beat; `deeper` is added to the depth of patient phases."""
-        count, depth, _ = _PROGRESS.unpack_from(self._memory)
+        count, depth, _, _ = _PROGRESS.unpack_from(self._memory)
         text = what.encode("utf-8", "replace")[:_TEXT_BYTES]
         self._memory[_PROGRESS.size : _PROGRESS.size + len(text)] = text
-        _PROGRESS.pack_into(self._memory, 0, count + 1, max(0, depth + deeper), len(text))
+        _PROGRESS.pack_into(self._memory, 0, count + 1, max(0, depth + deeper), len(text), time.time())
 
     def end(self) -> dict[str, Any]:
         """What the rank said about its end; empty if it said nothing."""

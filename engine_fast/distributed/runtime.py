@@ -163,13 +163,19 @@ def _device(config: RuntimeConfig) -> torch.device:
         raise ConfigError(
             "runtime.device = 'cuda', but this torch sees no GPU. Use auto or cpu, or see `engine-fast doctor`."
         )
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise ConfigError(
+            f"LOCAL_RANK = {local}, but this process sees {count} GPUs. Start one process a GPU, and let each see all "
+            "GPUs of its host (SLURM: --gpus-per-node, not --gpus-per-task)."
+        )
+    return torch.device("cuda", local)
 
 
 def _set_threads(config: RuntimeConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
-    elif "OMP_NUM_THREADS" not in os.environ:
+    elif "OMP_NUM_THREADS" not in os.environ and not dist.is_initialized():  # once: it divides what there is
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         if local > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // local))

@@ -22,8 +22,12 @@ class _Host(nn.Module):
         return use(self.model)
 
 
-def shard_frozen(model: nn.Module, *, extra: dict[str, Any]) -> Callable[[Callable[[Any], Any]], Any]:
-    """Shard a module without weight gradients over the ranks, in place, by ZeRO stage 3.
+def shard_frozen(
+    model: nn.Module, *, device: torch.device, extra: dict[str, Any]
+) -> Callable[[Callable[[Any], Any]], Any]:
+    """Shard a module without weight gradients over the ranks' devices, in place, by ZeRO stage 3.
+
+    The module comes on the CPU; its tensors reach `device` one after another, so that it never has to hold them all.
 
     Returns `within`: within(use) is use(model), called on every rank at once, with each layer's weights whole around
     its own call. What use() does to a weight it does through the module that owns it. Gradients reach the inputs of
@@ -44,6 +48,9 @@ def shard_frozen(model: nn.Module, *, extra: dict[str, Any]) -> Callable[[Callab
         "fp16": {"enabled": dtype == torch.float16},
     }
     with quiet():
+        deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=dtype)
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(device)  # DeepSpeed moves nothing of a module that is in shards already
         engine, *_ = deepspeed.initialize(model=_Host(model), config=settings, dist_init_required=False)
     # Not engine(...): that call is made for models that are trained.
     host = engine.module

@@ -178,6 +178,15 @@ def copy_matching(model: EncoderDecoder, donor: EncoderDecoder) -> tuple[int, in
     return len(shared), len(own)
 
 
+def is_model_directory(directory: Path) -> bool:
+    """Whether one of ours stands there, readable or of another version: what may be replaced by a new one."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and {"format", "kind", "vocabularies"} <= config.keys()
+
+
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine_fast.config import DataConfig, RunConfig
+from engine_fast.config import ROUNDING_ONLY, DataConfig, RunConfig
 from engine_fast.data import report, shards
 from engine_fast.data.catalog import resolve_config
 from engine_fast.data.corpus import ParallelCorpus
@@ -23,11 +23,10 @@ from engine_fast.recipes.execute import Say
 from engine_fast.recipes.graph import Stage, hash_file, read_record
 from engine_fast.training import train_cmlm, train_engine, train_teacher
 
-_WITHOUT_EFFECT = {
-    "log_every", "zero_stage", "offload", "overlap_communication", "compile", "activation_checkpointing",
-    "head_memory", "teacher_placement", "teacher_compile", "teacher_checkpointing",
-}  # fmt: skip
+_WITHOUT_EFFECT = {"log_every", *ROUNDING_ONLY}
 """Training settings that change no result but for rounding: a stage goes on, or stands, when they change."""
+_QUANTIZED = "zero_quantized"
+_DEEPSPEED_WITHOUT_EFFECT = {"comms_logger", "flops_profiler", "memory_breakdown", "timers", "wall_clock_breakdown"}
 
 
 def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> list[Stage]:
@@ -36,7 +35,8 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
     The distill stage is left out when neither student uses distilled targets.
     """
     seed = {"seed": config.seed}
-    engine_extra = {"deepspeed": config.deepspeed} if config.deepspeed else {}
+    deepspeed = _numeric(config.deepspeed)
+    engine_extra = {"deepspeed": deepspeed} if deepspeed else {}
     distilled = {name for name in ("cmlm", "engine") if getattr(config, name).data == "distilled"}
 
     def prepared() -> Prepared:
@@ -130,6 +130,13 @@ def _prepare_inputs(data: DataConfig) -> dict[str, Any]:
         "files": _text_files(data),
         "formats": [report.VERSION, shards.VERSION],
     }
+
+
+def _numeric(deepspeed: dict[str, Any]) -> dict[str, Any]:
+    """What of the deepspeed: section may change numbers: not how ZeRO divides memory, not what is written down."""
+    kept = {key: value for key, value in deepspeed.items() if key not in _DEEPSPEED_WITHOUT_EFFECT}
+    zero = {key: value for key, value in kept.pop("zero_optimization", {}).items() if key.startswith(_QUANTIZED)}
+    return kept | ({"zero_optimization": zero} if zero else {})
 
 
 def _section(section: Any, without: set[str] | None = None) -> dict[str, Any]:

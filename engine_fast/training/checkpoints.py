@@ -16,8 +16,9 @@ from torch import Tensor
 
 from engine_fast.config import TrainConfig
 from engine_fast.distributed import CheckpointStore, Engine, Snapshot, World
-from engine_fast.distributed.checkpoint import WEIGHTS, best_name, update_name
+from engine_fast.distributed.checkpoint import PASSING, WEIGHTS, best_name, update_name
 from engine_fast.distributed.manifest import verify
+from engine_fast.distributed.presence import patient
 from engine_fast.errors import CheckpointError
 from engine_fast.training.averaging import ExponentialAverage, mean_of
 from engine_fast.training.metrics import Sums, shared_out
@@ -35,6 +36,8 @@ class Progress:
     """Last update that was validated."""
     best_update: int | None = None
     best_score: float | None = None
+    metric: str = ""
+    """What best_score is a figure of."""
     bad_validations: int = 0
     skipped: int = 0
     """fp16 updates skipped in a row."""
@@ -73,8 +76,11 @@ class Checkpoints:
         with self._average.in_place_of(self._engine.shards()):
             return self._engine.weights()
 
-    def save(self, progress: Progress, sums: Sums) -> None:
-        """Write a snapshot unless there is one of this update. It is sealed in the background: see `store.join`."""
+    def save(self, progress: Progress, sums: Sums, *, passing: bool = False) -> None:
+        """Write a snapshot unless there is one of this update. It is sealed in the background: see `store.join`.
+
+        passing: one that only an interruption asked for. It is no part of `average_last`, and goes with the next one.
+        """
         if self._saved == progress.update:
             return
         progress.sums = self._world.gather(sums.state())
@@ -84,8 +90,9 @@ class Checkpoints:
             self._engine.save(directory)
             self._write_weights(directory, weights)
 
+        state = {**self._state(progress), PASSING: passing}
         self.store.save(
-            name, self._state(progress), write, num_bytes=self._num_bytes(),
+            name, state, write, num_bytes=self._num_bytes(),
             then=lambda: self.store.advance(name, keep_last=self._config.keep_last, best=best),
         )  # fmt: skip
         self._saved = progress.update
@@ -108,13 +115,14 @@ class Checkpoints:
         progress = Progress(**{name: snapshot.state[name] for name in names})
         sums.load(shared_out(progress.sums, self._world.size)[self._world.rank])
         self._saved = progress.update
+        self._check_metric(progress)
         self._check_best(progress)
         return progress
 
     def result(self, progress: Progress) -> dict[str, Tensor]:
-        """The weights to export, from the snapshots: mean of the last ones if asked for, else the best."""
+        """The weights to export, from the snapshots: mean of the last ones if asked for, else the best. Local."""
         if self._config.average_last:
-            names = [path.name for path in self.store.updates()][-self._config.average_last :]
+            names = [path.name for path in self.store.updates(passing=False)][-self._config.average_last :]
             return mean_of([self.store.weights(name) for name in names])
         assert progress.best_update is not None
         return self.store.weights(best_name(progress.best_update))
@@ -136,8 +144,18 @@ class Checkpoints:
             return
         self._say(f"{directory.name} was written with {_described(written)}; reading it with {_described(own)}")
         with self.store.scratch(24 * self._engine.num_parameters) as place:
-            self._world.on_main(lambda: self._engine.convert(directory, place, stage=written["zero_stage"]))
+            with patient(f"converting {directory.name}"):
+                self._world.on_main(lambda: self._engine.convert(directory, place, stage=written["zero_stage"]))
             self._engine.load_universal(place)
+
+    def _check_metric(self, progress: Progress) -> None:
+        """The best by one figure says nothing about another one."""
+        metric = self._config.early_stop.metric
+        if progress.metric not in ("", metric) and progress.best_update is not None:
+            self._say(f"the best by {progress.metric} was update {progress.best_update}; by {metric} it is chosen anew")
+            progress.best_update = progress.best_score = None
+            progress.bad_validations = 0
+        progress.metric = metric
 
     def _check_best(self, progress: Progress) -> None:
         """A best snapshot that was damaged since is forgotten: the next validation makes a new one."""
@@ -149,7 +167,7 @@ class Checkpoints:
         except CheckpointError as error:
             self._say(f"{error} The best weights are chosen anew from here on.")
             progress.best_update = progress.best_score = None
-            progress.validated = -1
+            progress.validated = min(progress.validated, progress.update - 1)
 
     def _write_weights(self, directory: Path, weights: dict[str, Tensor]) -> None:
         if self._world.is_main:

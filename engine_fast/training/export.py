@@ -13,11 +13,13 @@ from torch import Tensor
 
 from engine_fast.config import Architecture
 from engine_fast.data.vocabulary import Vocabulary, load_vocabulary
-from engine_fast.distributed import CheckpointStore, World
+from engine_fast.distributed import CheckpointStore, Snapshot, World
 from engine_fast.errors import CheckpointError, ConfigError, VocabularyError
 from engine_fast.models import CMLM, Transformer, save_model
-from engine_fast.models.store import KINDS
+from engine_fast.models.store import KINDS, is_model_directory
 from engine_fast.training.run_directory import VOCABULARY, read_record
+
+_TRIES = 5
 
 
 def export(stage: Path, to: Path, checkpoint: str, *, say: Callable[[str], None]) -> str:
@@ -28,7 +30,7 @@ def export(stage: Path, to: Path, checkpoint: str, *, say: Callable[[str], None]
     Raises CheckpointError, VocabularyError, ConfigError.
     """
     record = _described(stage)
-    if to.exists() and not (to / "config.json").is_file() and (not to.is_dir() or any(to.iterdir())):
+    if to.exists() and not is_model_directory(to) and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"--to {to}: exists, and is no model directory. Choose another directory.")
     store = CheckpointStore(stage / "checkpoints", world=World(0, 1, torch.device("cpu")))
     name = _find(store, checkpoint, say)
@@ -79,7 +81,7 @@ def _described(stage: Path) -> dict[str, Any]:
 def _find(store: CheckpointStore, checkpoint: str, say: Callable[[str], None]) -> str:
     """Name of a snapshot that is there."""
     if checkpoint == "latest":
-        snapshot = store.newest(say)
+        snapshot = _newest(store, say)
         if snapshot is None:
             raise CheckpointError(f"{store.directory}: no checkpoint yet. Wait for the first one.")
         return snapshot.directory.name
@@ -97,6 +99,18 @@ def _find(store: CheckpointStore, checkpoint: str, say: Callable[[str], None]) -
             "Take best, latest or one of these."
         )
     return name
+
+
+def _newest(store: CheckpointStore, say: Callable[[str], None]) -> Snapshot | None:
+    """The newest whole snapshot, also of a run that goes on, replaces what is being read and removes it."""
+    for _ in range(_TRIES):
+        names = store.updates()
+        try:
+            return store.newest(say)
+        except CheckpointError:
+            if store.updates() == names:
+                raise
+    return store.newest(say)
 
 
 def _vocabulary(directory: Path, side: str) -> Vocabulary:

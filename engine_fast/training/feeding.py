@@ -85,11 +85,6 @@ class Feeder:
         # A stand-in has a word besides the end symbol, so that every parameter takes part in the backward pass.
         self._stand_in = np.array([int(np.argmax(corpus.target_lengths > 1))], dtype=np.int64)
 
-    @property
-    def epoch(self) -> int:
-        """Epoch of the next update."""
-        return self._epoch if self._ahead is None else self._ahead.epoch
-
     def seek(self, epoch: int, consumed: int) -> None:
         """Continue after the first `consumed` micro-batches of `epoch`, whatever the number of ranks was then."""
         self._epoch, self._consumed, self._ahead = epoch, consumed, None

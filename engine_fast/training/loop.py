@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -65,13 +66,13 @@ class Trainer:
         self.progress = Progress()
         self._log: MetricsLog | None = None
 
-    def train(self) -> dict[str, Tensor]:
-        """Run to the end; the float32 weights to export.
+    def train(self) -> Callable[[], dict[str, Tensor]]:
+        """Run to the end. Returns what reads the float32 weights to export, for the rank that exports them.
 
         Raises Interrupted after a signal (state saved), DivergenceError, CheckpointError.
         """
-        self._resume()
         try:
+            self._resume()
             while True:
                 if self._validation_due() and not self._validate():
                     self._interrupt()
@@ -85,7 +86,7 @@ class Trainer:
             if self.config.average_last:
                 self._save()  # an early stop can come between two checkpoints
             self._store.join()
-            return self._checkpoints.result(self.progress)
+            return lambda: self._checkpoints.result(self.progress)
         finally:
             self._store.close()
             self._reporter.close()
@@ -233,14 +234,15 @@ class Trainer:
 
     # ------------------------------------------------------------ checkpoints
 
-    def _save(self) -> None:
+    def _save(self, *, passing: bool = False) -> None:
         beat(f"{self.stage}: saving update {self.progress.update}")
-        self._checkpoints.save(self.progress, self._sums)
+        self._checkpoints.save(self.progress, self._sums, passing=passing)
         if self._log is not None:
             self._log.sync()
 
     def _resume(self) -> None:
         beat(f"{self.stage}: looking for a checkpoint")
+        self.progress.metric = self.config.early_stop.metric
         progress = self._checkpoints.resume(self._sums)
         if progress is not None:
             self.progress = progress
@@ -254,7 +256,7 @@ class Trainer:
             self._log = MetricsLog(self.directory, update=update, validated=validated, tensorboard=board)
 
     def _interrupt(self) -> None:
-        self._save()
+        self._save(passing=self.progress.update % self.config.checkpoint_every != 0)
         self._store.join()
         name = self._stop.signal.name if self._stop.signal is not None else "a signal to another rank"
         raise Interrupted(

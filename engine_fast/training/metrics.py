@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine_fast.distributed import World
+from engine_fast.evaluation.files import write_atomic
 
 SUMS = (
     "loss", "nll", "tokens", "sentences", "energy", "relaxed_energy", "length_loss", "length_correct", "masked_tokens",
@@ -26,11 +27,14 @@ class Sums:
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
         self._seen: frozenset[str] = frozenset()
+        self._columns: dict[tuple[str, ...], Tensor] = {}
 
     def add(self, stats: dict[str, Tensor]) -> None:
-        names = [name for name in SUMS if name in stats]
-        columns = torch.tensor([SUMS.index(name) for name in names])
-        self._sums[columns] += torch.stack([stats[name].to(self._sums.device) for name in names]).double()
+        names = tuple(name for name in SUMS if name in stats)
+        if names not in self._columns:  # on the device once: a copy to it would wait for what the device is doing
+            self._columns[names] = torch.tensor([SUMS.index(name) for name in names], device=self._sums.device)
+        values = torch.stack([stats[name].to(self._sums.device) for name in names]).double()
+        self._sums.index_add_(0, self._columns[names], values)
         self._seen |= frozenset(names)
 
     def state(self) -> dict[str, float]:
@@ -116,9 +120,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _truncate(path: Path, last: dict[str, int]) -> None:
     kept = [record for record in read_metrics(path) if record["update"] <= last.get(record["kind"], -1)]
-    fresh = path.with_suffix(".new")
-    fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(fresh, path)
+    write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _board(directory: Path, from_update: int) -> Any:

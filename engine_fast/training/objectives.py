@@ -238,5 +238,5 @@ def draw_masks(real_BT: Tensor) -> Tensor:
 def _stats(batch: Batch, **sums: Tensor) -> dict[str, Tensor]:
     stats = {name: value.detach().float() for name, value in sums.items()}
     stats["tokens"] = (batch.target != PAD).sum().float()
-    stats["sentences"] = torch.tensor(float(batch.target.shape[0]))
+    stats["sentences"] = batch.target.new_full((), batch.target.shape[0], dtype=torch.float32)
     return stats

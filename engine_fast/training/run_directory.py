@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from dataclasses import dataclass
 from importlib import metadata
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from engine_fast import __version__
-from engine_fast.config import Architecture, RunConfig, TrainConfig, dump_config
+from engine_fast.config import ROUNDING_ONLY, Architecture, RunConfig, TrainConfig, dump_config
 from engine_fast.data.atomic import new_directory, write_file
 from engine_fast.data.vocabulary import Vocabulary, save_pair
 from engine_fast.errors import CheckpointError
+from engine_fast.evaluation.files import write_atomic, write_json
 
 VOCABULARY = "vocabulary.json"
 """In vocabulary/: the file and the hash of each side."""
@@ -23,7 +23,7 @@ _VERSIONS = ("torch", "deepspeed", "sentencepiece", "sacrebleu", "numpy")
 
 _EXTENDS = {
     "max_updates", "max_epochs", "early_stop", "validate_every", "checkpoint_every", "keep_last", "log_every",
-    "valid_bleu_sentences", "average_last",
+    "valid_bleu_sentences", "average_last", *ROUNDING_ONLY,
 }  # fmt: skip
 """Settings that a finished stage may be continued with; with any other it would be another run."""
 
@@ -58,7 +58,7 @@ class RunDirectory:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _replace(self.path / "config.yaml", dump_config(config))
+            write_atomic(self.path / "config.yaml", dump_config(config))
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: cannot be written to ({error.strerror}). Choose another directory."
@@ -72,6 +72,7 @@ class RunDirectory:
             world_size=world_size,
             versions={"engine_fast": __version__, "python": platform.python_version()}
             | {name: metadata.version(name) for name in _VERSIONS},
+            **({"model": before["model"]} if "model" in before else {}),
         )
         return changes
 
@@ -114,7 +115,7 @@ class RunDirectory:
 
     def _write(self, **record: Any) -> None:
         try:
-            _replace(self.path / "run.json", json.dumps(record, indent=2) + "\n")
+            write_json(self.path / "run.json", record)
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: cannot be written to ({error.strerror}). Choose another directory."
@@ -135,9 +136,3 @@ def _differences(old: Any, new: Any, key: str) -> list[tuple[str, Any, Any]]:
         names = [*old, *(name for name in new if name not in old)]
         return [item for name in names for item in _differences(old.get(name), new.get(name), f"{key}.{name}")]
     return [] if old == new else [(key, old, new)]
-
-
-def _replace(path: Path, text: str) -> None:
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)

@@ -111,13 +111,15 @@ def train_engine(
             {precision, config.engine.precision} != {"bf16", "fp16"},
             "engine.teacher_precision", precision, f"{config.engine.precision}, the student's, or fp32",
         )  # fmt: skip
-        teacher = cast(Transformer, _load(teacher_dir, "transformer", prepared).model).to(world.device)
+        teacher = cast(Transformer, _load(teacher_dir, "transformer", prepared).model)
         freeze(teacher, dtype=_DTYPES[precision], dropout=config.engine.teacher_dropout)
         teacher.activation_checkpointing = config.engine.teacher_checkpointing
         within = None
         if config.engine.teacher_placement == "sharded":
-            within = shard_frozen(teacher, extra=config.deepspeed)
+            within = shard_frozen(teacher, device=world.device, extra=config.deepspeed)
             teacher.train(config.engine.teacher_dropout)  # DeepSpeed has put it in training mode
+        else:
+            teacher.to(world.device)
         if config.engine.teacher_compile:
             teacher.compile_stacks()
         return student, lambda module: EngineObjective(cast(CMLM, module), teacher, config.engine, within=within)
@@ -146,9 +148,9 @@ class _Job:
         self._check()
         place = RunDirectory(directory, self.stage)
         inputs = self._inputs()
-        if place.is_finished(self.settings, seed=self.config.seed, inputs=inputs):
-            return
         world = start(self.config.runtime)
+        if world.on_main(lambda: place.is_finished(self.settings, seed=self.config.seed, inputs=inputs)):
+            return
         require_agreement(world, self._facts(inputs), f"{self.stage}, at its start")
         changes = world.on_main(lambda: place.begin(self.config, self.settings, inputs=inputs, world_size=world.size))
         with catching_signals() as stop:
@@ -177,7 +179,7 @@ class _Job:
                 trainer.say(f"changed since the last start: {change}")
             world.on_main(lambda: self._describe(place, model))
             weights = trainer.train()
-            world.on_main(lambda: self._export(directory, place, trainer, type(model), limits, weights))
+            world.on_main(lambda: self._export(directory, place, trainer, type(model), limits, weights()))
 
     def _check(self) -> None:
         """What can be wrong before any work: names every setting that cannot be met."""

@@ -86,7 +86,11 @@ def on_engine(**settings: Any) -> dict[str, Any]:
     config = config_of(**settings)
     half = (config.teacher_precision or config.precision) == "bf16"
     student, teacher = models(torch.bfloat16 if half else None)
-    within = shard_frozen(teacher, extra=NOTHING_STAYS_WHOLE) if config.teacher_placement == "sharded" else None
+    within = (
+        shard_frozen(teacher, device=world.device, extra=NOTHING_STAYS_WHOLE)
+        if config.teacher_placement == "sharded"
+        else None
+    )
     objective = EngineObjective(student, teacher.eval(), config, within=within)
     engine = Engine(objective, student, config, extra=NOTHING_STAYS_WHOLE, world=world)
     losses, norms = [], []

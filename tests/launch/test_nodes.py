@@ -49,12 +49,12 @@ def signalled(out: Path, which: int, number: int) -> list[Launched]:
 
 def alone(out: Path) -> list[Launched]:
     """Node 1 with another command than node 0's."""
-    nodes = [*pair(out, "work")[:1]]
-    other = start(out, "done", "node=1", "master=127.0.0.1:1")
+    node = start(out, "work", "node=0", "master=127.0.0.1:29999")
+    other = start(out, "done", "node=1", "master=127.0.0.1:29999")
     other.finish()
-    nodes[0].process.send_signal(signal.SIGTERM)
-    nodes[0].finish()
-    return [nodes[0], other]
+    node.process.send_signal(signal.SIGTERM)
+    node.finish()
+    return [node, other]
 
 
 @pytest.fixture(scope="module")

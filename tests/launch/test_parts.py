@@ -93,14 +93,15 @@ def test_presence_is_nothing_without_a_guard(monkeypatch):
 def test_presence_through_shared_memory(monkeypatch):
     board, descriptor = presence.Board.create()
     monkeypatch.setattr(presence, "_board", presence.Board(descriptor))
-    assert board.progress() == (0, False, "")
+    assert board.progress() == (0, False, "", 0.0)
     presence.beat("update 1 \u00e4")
-    assert board.progress() == (1, False, "update 1 \u00e4")
+    assert board.progress()[:3] == (1, False, "update 1 \u00e4")
+    assert time.time() - board.progress()[3] < 60
     with presence.patient("waiting"):
         with presence.patient("longer " * 100):
             assert board.progress()[1]
         assert board.progress()[1]
-    assert board.progress() == (5, False, "waiting: over")
+    assert board.progress()[:3] == (5, False, "waiting: over")
     assert board.end() == {}
     presence.explain("exception", "first \x00" * 9000, traceback="t" * 90000)
     presence.explain("mistake", "second")
@@ -219,7 +220,7 @@ class Ranks:
     """Writes what guards would."""
 
     def __init__(self, attempt):
-        self.attempt, self.alive = attempt, 0
+        self.attempt, self.alive, self.since = attempt, 0, {}
         self.watch = Watch(attempt, make_spec(), Limits(hang=10, start=50, contact=5, stopped=2, alone=100), 0.0)
         for rank in range(3):
             records.write_json(attempt.rank_path(rank, "json"), {"rank": rank})
@@ -227,12 +228,14 @@ class Ranks:
     def at(self, now, *counts, patient=(), states=None):
         self.alive += 1
         for rank, count in enumerate(counts):
+            if self.since.get(rank, (None, 0))[0] != count:
+                self.since[rank] = count, now
             if count is not None:
                 self.attempt.beat(
                     rank,
                     {
                         "count": count, "what": f"step {count}", "alive": self.alive, "patient": rank in patient,
-                        "state": (states or {}).get(rank, "running"),
+                        "state": (states or {}).get(rank, "running"), "since": self.since[rank][1],
                     },
                 )  # fmt: skip
         self.watch.look(now)

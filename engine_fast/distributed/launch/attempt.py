@@ -91,7 +91,7 @@ class Attempt:
     launcher.beat           {"count", "stop"}: rewritten every second by the launcher
     stop.json               {"action": "save" | "quit", "why", "dump"}: the same, to be read afterwards
     rank-00000.json         {"rank", "host", "node", "pid", "start_ticks", "pgid", "local_rank", guard and parent alike}
-    rank-00000.beat         {"count", "what", "alive", "patient", "state"}: rewritten every second by the rank's guard
+    rank-00000.beat         {"count", "what", "alive", "patient", "state", "since"}: every second by its guard
     rank-00000.end.json     the End, written last
     rank-00000.log          the rank's standard output and error
     """

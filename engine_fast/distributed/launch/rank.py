@@ -176,12 +176,19 @@ class Guard:
 
     def _beat(self) -> None:
         self._alive += 1
-        count, patient, what = self._board.progress()
+        count, patient, what, since = self._board.progress()
         state = "stopped" if self._stopped else "running"
         try:
             self._attempt.beat(
                 self._place.rank,
-                {"count": count, "what": what, "alive": self._alive, "patient": patient, "state": state},
+                {
+                    "count": count,
+                    "what": what,
+                    "alive": self._alive,
+                    "patient": patient,
+                    "state": state,
+                    "since": since,
+                },
             )
         except OSError:
             pass  # a full disk or a lost file system: the launcher will miss the beat, training need not
@@ -247,7 +254,7 @@ class Guard:
 
     def _end(self) -> End:
         said, status = self._board.end(), self._status
-        _, _, what = self._board.progress()
+        _, _, what, _ = self._board.progress()
         when, traceback = float(said.get("when", time.time())), str(said.get("traceback", ""))
         kind, error = str(said.get("kind", "exit")), str(said.get("error", ""))
         if status is None:

@@ -63,6 +63,8 @@ class Seen:
     progress_at: float = 0.0
     """When `count` last changed, by the launcher's own clock; likewise the others."""
     alive_at: float = 0.0
+    since: float = 0.0
+    """When it made its last beat, by its host's clock: the launcher sees beats a second late, and so out of order."""
     stopped_at: float | None = None
 
 
@@ -147,7 +149,7 @@ class Watch:
             seen.count, seen.progress_at = beat["count"], now
         if beat["alive"] != seen.alive:
             seen.alive, seen.alive_at = beat["alive"], now
-        seen.patient, seen.what = beat["patient"], beat["what"]
+        seen.patient, seen.what, seen.since = beat["patient"], beat["what"], beat["since"]
         if beat["state"] != seen.state:
             seen.state = beat["state"]
             seen.stopped_at = now if seen.state == "stopped" else None
@@ -177,10 +179,11 @@ class Watch:
         }
         if not busy:
             return None
-        rank = min(busy, key=lambda rank: busy[rank].progress_at)
         all_stand = now - max(seen.progress_at for seen in busy.values()) > self.limits.hang
-        if not all_stand and now - busy[rank].progress_at <= max(self.limits.hang, self.limits.alone):
+        longest = now - min(seen.progress_at for seen in busy.values())
+        if not all_stand and longest <= max(self.limits.hang, self.limits.alone):
             return None
+        rank = min(busy, key=lambda rank: busy[rank].since)
         why = f"no progress for {now - busy[rank].progress_at:.0f} s at: {busy[rank].what}"
         return Trouble(rank, "hung", why, dump=True)
 

@@ -62,10 +62,11 @@ def changes(run: RunConfig, stage: Stage) -> Iterator[Change]:
         bucket = ("deepspeed.zero_optimization.reduce_bucket_size", 50_000_000)
         yield ((f"{stage}.zero_stage", zero_stage), bucket)
     batch = settings.batch
-    tokens, accumulate = batch.max_tokens, batch.accumulate
+    name = "micro_batches" if batch.micro_batches else "accumulate"
+    tokens, count = batch.max_tokens, batch.micro_batches or batch.accumulate
     while tokens > 1024:  # the update stays as large
-        tokens, accumulate = -(-tokens // 2), accumulate * 2
-        yield ((f"{stage}.batch.max_tokens", tokens), (f"{stage}.batch.accumulate", accumulate))
+        tokens, count = -(-tokens // 2), count * 2
+        yield ((f"{stage}.batch.max_tokens", tokens), (f"{stage}.batch.{name}", count))
     least = (f"{stage}.zero_stage", max(now, 2))
     yield (least, (f"{stage}.offload.optimizer", True))
     if stage == "engine":

@@ -118,12 +118,12 @@ def _plan(
         tape = engine_tape(run.engine, architecture, run.teacher.architecture, words, shape, device)
     zero = Zero(sizes, settings, ranks, run.deepspeed, device)
     held, host = zero.held()
+    per_rank = settings.batch.per_rank(ranks)
     if stage == "engine":
         held["teacher"] = _teacher(run, words, ranks)
         if run.engine.teacher_placement == "replicated":  # encoded once an update, for all its micro-batches
-            held["activations"] = settings.batch.accumulate * _states(run, shape)
-    accumulated = settings.batch.accumulate > 1
-    peaks = _walk(tape, zero, held, accumulated)
+            held["activations"] = per_rank * _states(run, shape)
+    peaks = _walk(tape, zero, held, per_rank > 1)
     peaks["step"] = held + zero.stepping()
     # Both collect the whole model in float32 in the host's memory: validation if it judges a copy.
     whole = 4 * sizes.total if device == "cpu" else 0
