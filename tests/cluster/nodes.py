@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INIT = Path(__file__).with_name("init.py")
-TOOLS = ("ip", "mount", "unshare", "nsenter", "ssh", "ssh-keygen", "sshd", "pdsh")
+TOOLS = ("ip", "mount", "unshare", "nsenter", "setpriv", "ssh", "ssh-keygen", "sshd", "pdsh")
 NETWORK = "10.77.0"
 _SBIN = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -94,9 +94,10 @@ class Node:
         return Path(f"/proc/{self._pid}/root{path}")
 
     def inside(self, command: Sequence[str | Path], *, cwd: Path | None = None) -> list[str]:
-        """The command line that runs `command` in the node."""
+        """The command line that runs `command` in the node, until the test ends: a stopped nsenter would not notice."""
         where = ["env", "-C", str(cwd)] if cwd is not None else []
-        return ["nsenter", "-t", str(self._pid), "-m", "-u", "-i", "-n", "-p", "--", *where, *map(str, command)]
+        enter = ["setpriv", "--pdeathsig", "KILL", "nsenter"]
+        return [*enter, "-t", str(self._pid), "-m", "-u", "-i", "-n", "-p", "--", *where, *map(str, command)]
 
     def run(self, *command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a short command in the node."""

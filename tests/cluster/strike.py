@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
@@ -24,6 +23,10 @@ _DISK_MB = 128
 """More than the 100 MB without which the launcher does not start."""
 _LEAVING = 60.0
 """Seconds that ranks may take to notice that there is no launcher any more, to save and to end."""
+
+
+_PASSED_ON = 3.0
+"""Seconds until the ranks have heard of what happened to another process; meanwhile they stay at the moment."""
 
 
 def try_case(case: Case, cluster: Cluster, made: Materials, directory: Path) -> Result:
@@ -48,9 +51,11 @@ def _struck(case: Case, cluster: Cluster, made: Materials, out: Path, result: Re
         if case.fault in SIGNALS:
             _send(case, cluster, launch, reached)
         if not _is_silent(case):
+            if not case.victim.startswith("rank"):
+                time.sleep(_PASSED_ON)
             launch.release()
         elif case.moment == "in step":  # asked to save by their guards, the ranks can; elsewhere they are too busy
-            time.sleep(LOST_SECONDS + 3.0)
+            time.sleep(LOST_SECONDS + _PASSED_ON)
             launch.release()
         _judge(case, cluster, launch, out, result)
         logs = launch.logs()
@@ -147,7 +152,6 @@ def _may_succeed(case: Case) -> bool:
 
 def _outlive(cluster: Cluster, launch: Launch, result: Result) -> None:
     """A stopped launcher cannot end; the ranks must, by finishing or by leaving. Then it is woken up."""
-    launcher = launch.launcher()
 
     def alone() -> bool:
         return not any("engine_fast" in process.command and process.parent for process in cluster.head.processes())
@@ -156,7 +160,7 @@ def _outlive(cluster: Cluster, launch: Launch, result: Result) -> None:
         launches.wait(alone, launches.LIMIT, lambda: "")
     except TimeoutError:
         result.problems.append("ranks went on without the launcher")
-    os.kill(launcher.outside, signal.SIGCONT)
+    launch.wake()
 
 
 def _continue(cluster: Cluster, made: Materials, out: Path, result: Result) -> str:

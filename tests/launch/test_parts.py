@@ -15,7 +15,7 @@ import pytest
 from engine_fast.distributed import presence
 from engine_fast.distributed.launch import attempt as records
 from engine_fast.distributed.launch import preflight, probe, processes
-from engine_fast.distributed.launch.attempt import Attempt, End, Spec, next_number
+from engine_fast.distributed.launch.attempt import ASKED, Attempt, End, Spec, next_number
 from engine_fast.distributed.launch.hostfile import Host
 from engine_fast.distributed.launch.rank import find_place, mark_of
 from engine_fast.distributed.launch.reap import reap
@@ -308,6 +308,7 @@ def test_pdsh_tells_of_a_host_that_it_cannot_reach(attempt):
         ({0: ("exception", "RuntimeError: Connection closed by peer", 1), 1: ("signal", "killed by SIGKILL", 2)}, 1),
         ({0: ("signal", "killed by SIGTERM", 1), 1: ("exit", "it exited with 7", 2)}, 1),
         ({0: ("ended", "", 1), 1: ("interrupted", "", 2)}, 1),
+        ({0: ("interrupted", f"{ASKED}rank 1 was asked to stop", 1), 1: ("interrupted", "by SIGTERM", 2)}, 1),
         ({0: ("interrupted", "stopped by a signal to another rank", 1), 1: ("interrupted", "by SIGTERM", 2)}, 1),
         ({0: ("mistake", "a", 3), 1: ("mistake", "b", 2)}, 1),
         ({0: ("exception", "gloo: timed out", 1), 1: ("stopped", "", 5)}, 1),

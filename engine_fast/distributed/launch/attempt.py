@@ -17,6 +17,8 @@ from typing import Any
 from engine_fast.distributed.launch.hostfile import Host
 
 _BEAT_BYTES = 4096
+ASKED = "asked to stop: "
+"""How the error begins of a rank that saved and ended because its guard wanted so; the reason follows."""
 
 
 @dataclass(frozen=True, slots=True)

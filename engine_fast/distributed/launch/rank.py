@@ -21,7 +21,7 @@ from typing import Any
 
 from engine_fast.distributed import presence
 from engine_fast.distributed.launch import processes
-from engine_fast.distributed.launch.attempt import Attempt, End, Spec, read_json, write_json
+from engine_fast.distributed.launch.attempt import ASKED, Attempt, End, Spec, read_json, write_json
 from engine_fast.distributed.launch.environment import for_rank
 from engine_fast.errors import ConfigError
 
@@ -271,6 +271,8 @@ class Guard:
             return End(1, "silent", "it exited with 0 without having finished", when, traceback, what)
         if status and kind in ("done", "exit") and not error:
             kind, error = "exit", f"it exited with {status} without a word"
+        if kind == "interrupted" and self._why_ended:
+            error = f"{ASKED}{self._why_ended}. {error}"
         return End(status, kind, error, when, traceback, what)
 
 

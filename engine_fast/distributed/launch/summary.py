@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine_fast.distributed.launch.attempt import Attempt, Spec, write_json
+from engine_fast.distributed.launch.attempt import ASKED, Attempt, Spec, write_json
 from engine_fast.distributed.launch.supervise import Outcome, read_log
 
 _LOG_LINES = 12
@@ -98,6 +98,8 @@ def _headline(outcome: Outcome, spec: Spec, took: str) -> str:
         saved = sum(end is not None and end.code in (0, 130) for end in ends)
         kept = "all ranks have saved" if saved == len(ends) else f"{saved} of {len(ends)} ranks saved by themselves"
         by = "" if trouble is None else f" by a signal to rank {trouble.rank}"
+        if trouble is not None and trouble.why.startswith(ASKED):
+            by = f", {trouble.why.partition('. ')[0]},"
         return f"interrupted{by} after {took}: {kept}. The same command continues."
     if trouble is None:
         return f"failed after {took}"

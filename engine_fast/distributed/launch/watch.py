@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine_fast.distributed.launch.attempt import Attempt, End, Spec, read_json
+from engine_fast.distributed.launch.attempt import ASKED, Attempt, End, Spec, read_json
 
 _GAP_SECONDS = 5.0
 _PEERS = re.compile(
@@ -198,7 +198,7 @@ def echo(end: End) -> int:
     if end.kind == "ended":
         return 4
     if end.kind == "interrupted":
-        return 3 if "another rank" in end.error else 2
+        return 3 if end.error.startswith(ASKED) or "another rank" in end.error else 2
     if end.kind == "signal" and "SIGTERM" in end.error:
         return 2
     return int(end.kind == "exception" and _PEERS.search(end.error) is not None)
