@@ -26,7 +26,6 @@ from engine_fast.training.plan.sizes import Sizes
 from engine_fast.training.plan.tape import BYTES
 
 DEFAULTS = {
-    "reduce_bucket_size": 500_000_000,
     "stage3_max_live_parameters": 1_000_000_000,
     "stage3_param_persistence_threshold": 100_000,
     "stage3_prefetch_bucket_size": 50_000_000,
