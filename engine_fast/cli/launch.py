@@ -78,7 +78,10 @@ def _say(text: str) -> None:
 
 
 def _arguments(words: list[str], out: Path, overrides: list[str]) -> tuple[str, ...]:
-    """Of engine-fast on each rank; --out goes with them, unless they have their own."""
+    """Of engine-fast on each rank; --out goes with them, where the command has one and it is not given.
+
+    Raises ConfigError or a click.UsageError for a line that no rank could read.
+    """
     from engine_fast.cli.main import COMMANDS
 
     if len(words) == 1 and words[0] not in COMMANDS:
@@ -91,5 +94,12 @@ def _arguments(words: list[str], out: Path, overrides: list[str]) -> tuple[str, 
         raise ConfigError(f"{words[0]!r} is no command to launch. Give a CONFIG alone, or `-- train CONFIG ...`.")
     if overrides:
         raise ConfigError(f"--set {overrides[0]}: belongs to the command. Write it after `-- {words[0]}`.")
+    from engine_fast.cli.main import load_command
+
+    command = load_command(words[0])
+    # Not for a command without it, nor for report, whose --out is a file and may be left out.
+    takes_out = any(known.name == "out" and (known.required or known.default is not None) for known in command.params)
     has_out = any(word == "--out" or word.startswith("--out=") for word in words)
-    return tuple(words) if has_out else (*words, "--out", str(out))
+    line = words if has_out or not takes_out else [*words, "--out", str(out)]
+    command.make_context(words[0], list(line[1:]))  # likewise
+    return tuple(line)
