@@ -196,6 +196,7 @@ def test_hostile_values_through_deepspeeds_runner_and_a_shell(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / ".deepspeed_env").write_text("# a comment\nA=$(touch pwned)\n")
     around = {**os.environ, **HOSTILE, **trees, "HOME": str(tmp_path / "home"), "DS_ACCELERATOR": "cpu"}
+    around.update({"PATH$(touch pwned)": "1", "PYTHONPATH`touch pwned`": "2"})
     around["PATH"] = f"{pdsh.parent}{os.pathsep}{ODD}{os.pathsep}{os.environ['PATH']}"
     command = commands.start_command(spec, attempt, around)
     done = subprocess.run(command.argv, env=command.environment, cwd=command.cwd, capture_output=True, check=False)

@@ -100,7 +100,7 @@ class Attempt:
     stop.json               {"action": "save" | "quit", "why", "dump"}: the same, to be read afterwards
     rank-00000.json         {"rank", "host", "node", "pid", "start_ticks", "pgid", "local_rank", guard and parent alike}
     rank-00000.beat         {"count", "what", "alive", "patient", "state", "since", "record"}: every second, by its
-                            guard; in the end {"end", "record"}: the End, shortened
+                            guard; in the end {"end", "count", "record"}: the End, shortened
     rank-00000.end.json     the End
     rank-00000.log          the rank's standard output and error
     """
@@ -200,14 +200,14 @@ class Attempt:
         """The rank's guard lives, and sees this."""
         write_record(self.rank_path(rank, "beat"), tree, _BEAT_BYTES)
 
-    def write_end(self, rank: int, end: End, record: Mapping[str, Any] | None = None) -> None:
+    def write_end(self, rank: int, end: End, *, count: int = 0, record: Mapping[str, Any] | None = None) -> None:
         """Also into the rank's beat, shortened: a full disk takes no other, and NFS shows it at once."""
         try:
             write_json(self.rank_path(rank, "end.json"), asdict(end))
         except OSError:
             pass
         short = {**asdict(end), "traceback": "", "error": end.error[:400], "what": end.what[:100]}
-        self.beat(rank, {"end": short, "record": record})
+        self.beat(rank, {"end": short, "count": count, "record": record})
 
     def read_end(self, rank: int, beat: Mapping[str, Any] | None = None, *, listed: bool = True) -> End | None:
         """None while the rank has not ended. beat: as read a moment ago. listed: whether end.json is there."""

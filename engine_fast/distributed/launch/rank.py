@@ -119,7 +119,7 @@ class Guard:
             while self._status is None:
                 self._turn()
             self._clear_group()
-        self._attempt.write_end(self._place.rank, self._end(), self._record)
+        self._attempt.write_end(self._place.rank, self._end(), count=self._board.progress()[0], record=self._record)
         return 0
 
     def _start(self) -> None:
