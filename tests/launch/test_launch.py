@@ -104,6 +104,7 @@ def test_dry_run_prints_what_would_be_done(place):
 def test_out_goes_only_where_it_is_taken(place, monkeypatch, words):
     monkeypatch.chdir(place)
     (place / "old").mkdir()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = CliRunner().invoke(app, ["launch", "--out", "run", "--dry-run", "--", *words])
     assert done.exit_code == 0, done.output
     assert f"engine_fast.cli.main {' '.join(words)}\n" in done.stdout

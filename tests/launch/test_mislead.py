@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -248,7 +249,7 @@ def test_pdsh_leaves_out_a_common_domain(tmp_path):
 def test_srun_binds_no_gpus_to_tasks():
     spec = make_spec(launcher="slurm", hosts=(Host("g1", 4),))
     around = {"SLURM_GPUS_PER_TASK": "1", "SLURM_GPU_BIND": "single:1", "SLURM_GPUS_ON_NODE": "4"}
-    start = commands.start_command(spec, Attempt(cleanup.Path("/x/attempt-000")), around)
+    start = commands.start_command(spec, Attempt(Path("/x/attempt-000")), around)
     ask = commands.remote_command("slurm", "g1", ["true"], around, {})
     for command in (start, ask):
         assert "--gpu-bind=none" in command.argv

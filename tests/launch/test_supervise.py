@@ -49,7 +49,11 @@ class Launched:
 
 
 def start(out: Path, what: str, *given: str) -> Launched:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)])}
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)]),
+    }
     out.mkdir(parents=True, exist_ok=True)
     behaviour = "exit7" if what == "again" else what
     command = [sys.executable, str(HERE / "fake_launch.py"), str(out), behaviour, *given]

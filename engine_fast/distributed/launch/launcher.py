@@ -245,8 +245,8 @@ class Launch:
 
     @property
     def _on_gpus(self) -> bool:
-        """Whether ranks may see a host's GPUs."""
-        return self.forwarded.get("CUDA_VISIBLE_DEVICES") != ""
+        """Whether ranks may want a host's GPUs."""
+        return self.plan.flags.gpus and self.forwarded.get("CUDA_VISIBLE_DEVICES") != ""
 
     def _peers(self, attempt: Attempt) -> nodes.Peers | None:
         if self.plan.mode != "nodes":

@@ -43,6 +43,8 @@ class Flags:
     port: int = 0
     forward: tuple[str, ...] = ()
     preflight: bool = True
+    gpus: bool = True
+    """False: the configuration says that the ranks use none."""
 
 
 @dataclass(frozen=True, slots=True)

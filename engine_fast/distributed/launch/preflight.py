@@ -165,7 +165,8 @@ def short_of_gpus(gpus: int, ranks: int, *, anywhere: bool) -> str:
         return ""
     return (
         f"has {gpus} GPUs for {ranks} ranks. Start as many ranks as GPUs, "
-        "or none on GPUs: `CUDA_VISIBLE_DEVICES= engine-fast launch --forward CUDA_VISIBLE_DEVICES ...`."
+        "or set runtime.device = cpu, or hide the GPUs: "
+        "`CUDA_VISIBLE_DEVICES= engine-fast launch --forward CUDA_VISIBLE_DEVICES ...`."
     )
 
 
