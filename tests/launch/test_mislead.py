@@ -184,6 +184,26 @@ def test_ranks_wait_for_one_another_longer_than_the_launcher_for_them(attempt, m
     assert waits == [0, 90000, 7]
 
 
+@pytest.mark.parametrize(
+    ("ends", "to_blame"),
+    [
+        ([(130, "interrupted", ""), (2, "mistake", "No space left on device")], 1),
+        ([(143, "ended", "the launcher was asked twice to stop"), (1, "exception", "Connection closed by peer")], None),
+        ([(130, "interrupted", ""), (1, "exception", "Connection closed by peer")], None),
+        ([(1, "exception", "Connection closed by peer"), (1, "exception", "Broken pipe")], 0),
+        ([(143, "signal", "killed by SIGTERM"), (130, "ended", "no launcher")], None),
+        ([(0, "done", ""), (137, "signal", "killed by SIGKILL")], 1),
+    ],
+)
+def test_who_failed_to_save(attempt, ends, to_blame):
+    for rank, (code, kind, error) in enumerate(ends):
+        attempt.write_end(rank, End(code, kind, error, float(rank)))
+    seen = Watch(attempt, make_spec(), Limits(10), 0.0)
+    seen.look(1.0)
+    trouble = supervise._unsaved(seen)
+    assert (trouble and trouble.rank) == to_blame
+
+
 # ---------------------------------------------------------------- guards and signals
 
 

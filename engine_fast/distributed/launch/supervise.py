@@ -236,8 +236,9 @@ def _unsaved(watch: Watch) -> Trouble | None:
     if not failed:
         return None
     rank = first_failure(failed)
-    if echo(failed[rank]) and by_launcher:
-        return None
+    left = by_launcher or any(end.code == INTERRUPTED for end in ends.values())
+    if echo(failed[rank]) and left:
+        return None  # it missed a peer that had ended as it was asked to
     return Trouble(rank, failed[rank].kind, failed[rank].error)
 
 
