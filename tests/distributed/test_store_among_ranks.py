@@ -71,9 +71,9 @@ def test_every_file_is_listed_once_and_read_by_its_own_rank(directory, monkeypat
         assert sorted(name for part in shares for name in part) == sorted(files)
     read, real = [], manifest._sum
 
-    def reading(path):
+    def reading(path, **options):
         read.append((threading.get_ident(), path.name))
-        return real(path)
+        return real(path, **options)
 
     monkeypatch.setattr(manifest, "_sum", reading)
     assert newest(directory) == [(2, [])] * SIZE
