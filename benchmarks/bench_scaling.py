@@ -259,6 +259,7 @@ def projections(
         "tokens": tokens,
         "accumulate": settings.batch.accumulate,
         "mflop_a_token": flop / 1e6,
+        "bytes_counted_in": options.precision,
         "rows": table,
     }
 
@@ -268,7 +269,8 @@ def print_projection(found: dict[str, Any], config: str) -> None:
     print(f"\nPROJECTION, not measured. Assumed: {assumed}.")
     print(
         f"{config}: {found['parameters'] / 1e6:.1f} M parameters, {found['tokens']} positions a micro-batch, "
-        f"{found['accumulate']} of them an update and GPU, {found['mflop_a_token']:.0f} MFLOP a position."
+        f"{found['accumulate']} of them an update and GPU, {found['mflop_a_token']:.0f} MFLOP a position; "
+        f"bytes a parameter as counted in {found['bytes_counted_in']}."
     )
     print("share of the time that is computation, nothing hidden / all hidden that can be; GPUs:")
     print("ZeRO " + "".join(f"{ranks:>13}" for ranks in PROJECTED))

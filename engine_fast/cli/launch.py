@@ -53,8 +53,9 @@ def launch(
     from engine_fast.distributed.launch.launcher import Launch
     from engine_fast.distributed.launch.plan import Flags, make_plan
 
+    arguments, gpus = _arguments(words, out, overrides or [])
     flags = Flags(
-        out=out, arguments=_arguments(words, out, overrides or []), hostfile=hostfile, nodes=nodes, node_rank=node_rank,
+        out=out, arguments=arguments, gpus=gpus, hostfile=hostfile, nodes=nodes, node_rank=node_rank,
         master=master, slurm=slurm, launcher=launcher, ranks=ranks, ranks_per_node=ranks_per_node,
         max_restarts=max_restarts, backoff=backoff, elastic=elastic, hang_seconds=hang_seconds,
         grace_seconds=grace_seconds, port=port, forward=tuple(forward or ()), preflight=preflight,
@@ -77,19 +78,29 @@ def _say(text: str) -> None:
         pass  # the terminal is gone; the ranks are still to be brought to an end
 
 
-def _arguments(words: list[str], out: Path, overrides: list[str]) -> tuple[str, ...]:
-    """Of engine-fast on each rank; --out goes with them, unless they have their own."""
+def _arguments(words: list[str], out: Path, overrides: list[str]) -> tuple[tuple[str, ...], bool]:
+    """(of engine-fast on each rank, whether it may want GPUs); with --out, where the command has one and it is missing.
+
+    Raises ConfigError or a click.UsageError for a line that no rank could read.
+    """
     from engine_fast.cli.main import COMMANDS
 
     if len(words) == 1 and words[0] not in COMMANDS:
         from engine_fast.config import load_config
 
-        load_config(Path(words[0]), overrides)  # a mistake is told once, here, and not by every rank
-        settings = [part for override in overrides for part in ("--set", override)]
-        return ("run", words[0], "--out", str(out), *settings)
+        settings = load_config(Path(words[0]), overrides)  # a mistake is told once, here, and not by every rank
+        options = [part for override in overrides for part in ("--set", override)]
+        return ("run", words[0], "--out", str(out), *options), settings.runtime.device != "cpu"
     if words[0] not in COMMANDS or words[0] == "launch":
         raise ConfigError(f"{words[0]!r} is no command to launch. Give a CONFIG alone, or `-- train CONFIG ...`.")
     if overrides:
         raise ConfigError(f"--set {overrides[0]}: belongs to the command. Write it after `-- {words[0]}`.")
+    from engine_fast.cli.main import load_command
+
+    command = load_command(words[0])
+    # Not for a command without it, nor for report, whose --out is a file and may be left out.
+    takes_out = any(known.name == "out" and (known.required or known.default is not None) for known in command.params)
     has_out = any(word == "--out" or word.startswith("--out=") for word in words)
-    return tuple(words) if has_out else (*words, "--out", str(out))
+    line = words if has_out or not takes_out else [*words, "--out", str(out)]
+    command.make_context(words[0], list(line[1:]))  # likewise
+    return tuple(line), True

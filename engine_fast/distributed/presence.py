@@ -20,6 +20,9 @@ from typing import Any
 
 VARIABLE = "ENGINE_FAST_PRESENCE"
 """Environment: descriptor, device and inode of the shared memory, joined by colons."""
+COLLECTIVE_TIMEOUT = "ENGINE_FAST_COLLECTIVE_TIMEOUT"
+"""Environment: seconds for which collectives wait where the configuration leaves it open. Who watches the ranks sets it
+so high that a rank that hangs is found by the watcher, and not by its peers, of which one would then seem to fail."""
 DUMP_SIGNAL = signal.SIGUSR1
 _PROGRESS = struct.Struct("<QIId")  # count, depth of patient phases, bytes of the text that follows, time
 _TEXT_BYTES = 256

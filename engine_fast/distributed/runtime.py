@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine_fast.config import RuntimeConfig
-from engine_fast.distributed.presence import beat
+from engine_fast.distributed.presence import COLLECTIVE_TIMEOUT, beat
 from engine_fast.errors import ConfigError, EngineFastError, PeerError
 
 T = TypeVar("T")
@@ -129,7 +129,8 @@ def start(config: RuntimeConfig) -> World:
     else:
         torch.cuda.set_device(device)
     beat("meeting the other ranks")
-    _join(device, config.collective_timeout_seconds)
+    given = os.environ.get(COLLECTIVE_TIMEOUT, "")
+    _join(device, config.collective_timeout_seconds or (int(given) if given.isdecimal() else 0))
     beat("met the other ranks")
     return World(dist.get_rank(), dist.get_world_size(), device)
 

@@ -79,12 +79,13 @@ def test_figures_are_what_floors_judge():
     }
     figures = bench_scaling.figures_of({0: row, 3: row | {"loss_difference": 1e-3}})
     assert harness.floors("scaling").keys() <= figures.keys()
-    assert harness.judge(figures, harness.floors("scaling"))
+    problems = harness.judge(figures, harness.floors("scaling"))
+    assert [problem.split()[0] for problem in problems] == ["loss_difference"]
     assert not harness.judge(figures | {"loss_difference": 1e-7}, harness.floors("scaling"))
 
 
 def test_the_projection_takes_any_run_and_says_what_it_is(capsys):
-    parser_defaults = {"stage": "engine", **vars(Assumptions())}
+    parser_defaults = {"stage": "engine", "precision": "fp32", **vars(Assumptions())}
     options = type("Options", (), parser_defaults)()
     traffic = {
         "micro_bytes": {"all_reduce": 4e6}, "micro_calls": {"all_reduce": 1.0},

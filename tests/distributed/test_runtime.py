@@ -105,3 +105,15 @@ def test_together_returns_what_each_found():
         return world.gather(found), world.on_main(lambda: found)
 
     assert run_ranks(2, body) == [([5, 6], 5)] * 2
+
+
+def test_threads_are_divided_among_the_ranks_of_a_host_once(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(8)
+        start(RuntimeConfig(device="cpu"))  # the group exists: whoever made it has divided before
+        assert torch.get_num_threads() == 8
+    finally:
+        torch.set_num_threads(threads)

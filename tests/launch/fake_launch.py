@@ -25,8 +25,8 @@ def main() -> int:
     node = int(given["node"]) if "node" in given else None
     where = {"ranks": 2} if node is None else {"ranks": 1, "nodes": 2, "node_rank": node, "master": given["master"]}
     flags = Flags(
-        out=Path(out), arguments=(out, what), **where, grace_seconds=float(given.get("grace", 4)), backoff=0.2,
-        max_restarts=int(given.get("restarts", 0)),
+        out=Path(out), arguments=(out, what), **where, grace_seconds=float(given.get("grace", 4)),
+        backoff=float(given.get("backoff", 0.2)), max_restarts=int(given.get("restarts", 0)),
     )  # fmt: skip
 
     def start(spec: Spec, attempt: Attempt) -> Command:

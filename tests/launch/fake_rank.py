@@ -54,7 +54,11 @@ def misbehave() -> None:
 def body() -> None:
     work(0.3)
     once = DIRECTORY / "failed-once"
-    if WHAT == "done" or (WHAT == "once" and once.exists()):
+    if (
+        WHAT == "done"
+        or (WHAT == "deserted" and (DIRECTORY / "deserted").exists())
+        or (WHAT == "once" and once.exists())
+    ):
         return
     if WHAT == "once" and RANK == 1:
         once.touch()
@@ -76,8 +80,13 @@ def main() -> None:
         body()
         code = 0
     except KeyboardInterrupt:
-        presence.explain("interrupted", "stopped, state saved")
+        if WHAT == "deserted":
+            (DIRECTORY / "deserted").touch()
         code = 130
+        if WHAT == "unsaved" and RANK == 1:
+            presence.explain("mistake", "runs/x: No space left on device")
+            code = 2
+        presence.explain("interrupted", "stopped, state saved")
     except SystemExit as ended:
         code = int(ended.code or 0)
     except Exception as error:

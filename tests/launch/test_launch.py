@@ -70,6 +70,9 @@ def test_a_recipe_on_two_ranks(place):
         (["absent.yaml", "--out", "run"], "absent.yaml"),
         (["micro.yaml", "--out", "run", "--set", "engine.o2=STX"], "STX"),
         (["--out", "run", "--", "launch", "micro.yaml"], "'launch' is no command to launch"),
+        (["--out", "run", "--", "evaluate", "old", "--frob"], "No such option: --frob"),
+        (["--out", "run", "--", "evaluate", "old", "--out", "x"], "No such option: --out"),
+        (["--out", "run", "--", "train"], "Missing argument"),
         (["--out", "run", "--", "frobnicate", "x"], "'frobnicate' is no command to launch"),
         (["--out", "run", "--set", "a=b", "--", "train", "micro.yaml"], "Write it after `-- train`"),
         (["micro.yaml", "--out", "run", "--forward", "NOT_SET_HERE"], "--forward NOT_SET_HERE: it is not set here"),
@@ -86,16 +89,25 @@ def test_mistakes_end_with_2_and_start_nothing(place, monkeypatch, arguments, sa
 
 def test_dry_run_prints_what_would_be_done(place):
     (place / "hosts").write_text("n1 slots=2\nn2 slots=1\n")
-    done = launch(
-        place, "--out", "run", "--hostfile", "hosts", "--dry-run", "--", "train", "micro.yaml", "--stage", "teacher"
-    )
+    train = ["train", "micro.yaml", "--stage", "teacher", "--data", "prepared"]
+    done = launch(place, "--out", "run", "--hostfile", "hosts", "--dry-run", "--", *train)
     assert done.returncode == 0, done.stderr
     assert "hosts: n1 slots=2, n2 slots=1" in done.stdout
-    assert "engine_fast.cli.main train micro.yaml --stage teacher --out run" in done.stdout
+    assert "engine_fast.cli.main train micro.yaml --stage teacher --data prepared --out run" in done.stdout
     assert "pdsh -S -N -w n2" in done.stdout
     assert "-m engine_fast.distributed.launch.runner " in done.stdout
     assert "PATH" in next(line for line in done.stdout.splitlines() if line.startswith("forwarded: "))
     assert not (place / "run").exists()
+
+
+@pytest.mark.parametrize("words", [["evaluate", "old"], ["report", "old"]])
+def test_out_goes_only_where_it_is_taken(place, monkeypatch, words):
+    monkeypatch.chdir(place)
+    (place / "old").mkdir()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = CliRunner().invoke(app, ["launch", "--out", "run", "--dry-run", "--", *words])
+    assert done.exit_code == 0, done.output
+    assert f"engine_fast.cli.main {' '.join(words)}\n" in done.stdout
 
 
 def at_update(place, stage, update):

@@ -57,6 +57,26 @@ def alone(out: Path) -> list[Launched]:
     return [node, other]
 
 
+def between_attempts(out: Path) -> list[Launched]:
+    """Ctrl-C at node 0 when it has promised a restart."""
+    nodes = pair(out, "exit7", "restarts=1", "backoff=300")
+    limit = time.monotonic() + 60
+    while not (_record(nodes[0].attempt() / "launcher.beat").get("closed") or {}).get("restart"):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    nodes[0].process.send_signal(signal.SIGINT)
+    for node in nodes:
+        node.finish()
+    return nodes
+
+
+def _record(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Launched]]:
     root = tmp_path_factory.mktemp("nodes")
@@ -68,6 +88,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Launche
         "kill-1": lambda out: signalled(out, 1, signal.SIGKILL),
         "kill-0": lambda out: signalled(out, 0, signal.SIGKILL),
         "other": alone,
+        "between": between_attempts,
     }
     with ThreadPoolExecutor(len(bodies)) as pool:
         futures = {name: pool.submit(body, root / name) for name, body in bodies.items()}
@@ -83,6 +104,7 @@ def test_both_finish(launched):
     assert codes(nodes) == [0, 0], nodes[0].said + nodes[1].said
     spec = json.loads((nodes[0].attempt() / "attempt.json").read_text())
     assert spec["hosts"] == [{"name": "node-0", "slots": 1}, {"name": "node-1", "slots": 1}]
+    assert not list(nodes[0].attempt().glob("environment-*"))
     assert left_of(nodes[0].out) == []
 
 
@@ -121,6 +143,13 @@ def test_a_killed_launcher_of_node_0_is_missed(launched):
     assert codes(nodes) == [-9, 2], nodes[1].said
     assert "node 0's launcher has given no sign for 3 s; this node is clean" in nodes[1].said
     assert {end["code"] for end in nodes[0].ends().values()} == {130}
+    assert left_of(nodes[0].out) == []
+
+
+def test_a_promised_restart_is_taken_back(launched):
+    nodes = launched["between"]
+    assert codes(nodes) == [130, 130], nodes[0].said + nodes[1].said
+    assert "node 0 has given up the restart" in nodes[1].said
     assert left_of(nodes[0].out) == []
 
 

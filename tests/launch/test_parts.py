@@ -328,7 +328,7 @@ def answering(tmp_path, changes):
         given = changes.get(host, {})
         if isinstance(given, str):
             return 255, "", given
-        answer = probe.examine(probe.unpack(argv[-1]))
+        answer = {**probe.examine(probe.unpack(argv[-1])), "gpus": 0}
         versions = {**answer["versions"], **given.pop("versions", {})}
         return 0, f"motd\n{probe.MARK}{json.dumps({**answer, 'versions': versions, **given})}\n", ""
 
@@ -374,6 +374,9 @@ def test_preflight_finds_an_address_that_all_others_know(tmp_path):
     assert unknown.master_addr == "10.0.0.1"
     none = answering(tmp_path, {"n1": {"addresses": []}, "n2": {"resolves": []}})
     assert "Give --master" in none.failures["n1"]
+    mixed = answering(tmp_path, {"n1": {"gpus": 2}, "n2": {}})
+    assert mixed.failures.keys() == {"n2"}
+    assert "has 0 GPUs for 1 ranks" in mixed.failures["n2"]
     busy = answering(tmp_path, {"n1": {"port_free": False}, "n2": {}})
     assert "is in use" in busy.failures["n1"]
     assert [host.name for host in busy.hosts] == ["n2"]

@@ -101,6 +101,36 @@ def test_slurm_allocation(tmp_path, monkeypatch):
     assert make_plan(flags(tmp_path, slurm=True), {**around, "SLURM_NTASKS_PER_NODE": "2"}).hosts[0].slots == 2
 
 
+@pytest.mark.parametrize(
+    ("around", "ranks", "notes"),
+    [
+        ({"SLURM_TASKS_PER_NODE": "8(x2)"}, 8, 0),
+        ({"SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_NTASKS": "16", "SLURM_GPUS_ON_NODE": "8"}, 8, 0),
+        ({"SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_PER_NODE": "h100:8"}, 8, 0),
+        ({"SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_NTASKS": "4", "SLURM_GPUS_PER_NODE": "gpu:h100:8"}, 2, 1),
+        ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_GPUS_ON_NODE": "4"}, 2, 1),
+        ({}, 1, 0),
+    ],
+)
+def test_ranks_of_a_slurm_node(tmp_path, monkeypatch, around, ranks, notes):
+    expand = subprocess.CompletedProcess([], 0, "gpu1\ngpu2\n", "")
+    monkeypatch.setattr(planning.subprocess, "run", lambda *_, **__: expand)
+    plan = make_plan(flags(tmp_path, slurm=True), {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[1-2]", **around})
+    assert [host.slots for host in plan.hosts] == [ranks, ranks]
+    assert len(plan.notes) == notes
+    assert all(f"--ranks-per-node {8 if 'SLURM_NTASKS' in around else 4}" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("tasks", ["8,4", "8(x1),4", "a few"])
+def test_slurm_nodes_that_differ(tmp_path, monkeypatch, tasks):
+    expand = subprocess.CompletedProcess([], 0, "gpu1\ngpu2\n", "")
+    monkeypatch.setattr(planning.subprocess, "run", lambda *_, **__: expand)
+    around = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[1-2]", "SLURM_TASKS_PER_NODE": tasks}
+    with pytest.raises(ConfigError, match="Give --ranks-per-node"):
+        make_plan(flags(tmp_path, slurm=True), around)
+    assert make_plan(flags(tmp_path, slurm=True, ranks_per_node=4), around).hosts[1].slots == 4
+
+
 def test_gpus_are_counted_without_torch(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
     assert planning.gpus_here() == 2

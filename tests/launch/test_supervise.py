@@ -49,12 +49,23 @@ class Launched:
 
 
 def start(out: Path, what: str, *given: str) -> Launched:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)])}
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)]),
+    }
     out.mkdir(parents=True, exist_ok=True)
     behaviour = "exit7" if what == "again" else what
     command = [sys.executable, str(HERE / "fake_launch.py"), str(out), behaviour, *given]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", preexec_fn=heed_interrupts
+    )
     return Launched(out, process)
+
+
+def heed_interrupts() -> None:
+    """Also where these tests run in the background of a shell, which lets them ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def left_of(out: Path) -> list[str]:
@@ -93,6 +104,25 @@ def _beat(one: Launched, rank: int) -> dict:
 def signal_launcher(out: Path, number: int) -> Launched:
     one = running(out)
     one.process.send_signal(number)
+    one.finish()
+    return one
+
+
+def signal_launcher_of_one_that_cannot_save(out: Path) -> Launched:
+    one = running(out, "restarts=1", what="unsaved")
+    one.process.send_signal(signal.SIGINT)
+    one.finish()
+    return one
+
+
+def hold_launcher(out: Path) -> Launched:
+    """Until its ranks have given it up."""
+    one = running(out, "lost=1", "restarts=1", what="deserted")
+    one.process.send_signal(signal.SIGSTOP)
+    limit = time.monotonic() + 60
+    while len(one.ends()) < 2 and time.monotonic() < limit:
+        time.sleep(0.1)
+    one.process.send_signal(signal.SIGCONT)
     one.finish()
     return one
 
@@ -163,6 +193,8 @@ def start_second(out: Path) -> Launched:
 SCENARIOS = {
     "sigint": lambda out: signal_launcher(out, signal.SIGINT),
     "sigterm": lambda out: signal_launcher(out, signal.SIGTERM),
+    "unsaved": signal_launcher_of_one_that_cannot_save,
+    "held": hold_launcher,
     "twice": signal_twice,
     "grace": outlast_grace,
     "killed": kill_launcher,
@@ -234,6 +266,7 @@ def test_success_needs_every_marker(launched):
     assert "rank 0 of 2 begins" in one.said  # shown as it comes
     assert "rank 1 of 2 begins" not in one.said
     assert one.summary["code"] == 0
+    assert not list(one.attempt().glob("environment-*"))
     assert left_of(one.out) == []
 
 
@@ -269,6 +302,25 @@ def test_a_signal_to_the_launcher_reaches_the_ranks(launched, which):
     assert "all ranks have saved. The same command continues." in one.said
     assert {(end["code"], end["kind"]) for end in one.ends().values()} == {(130, "interrupted")}
     assert json.loads((one.attempt() / "stop.json").read_text())["action"] == "save"
+    assert left_of(one.out) == []
+
+
+def test_a_rank_that_fails_to_save_is_no_interrupt(launched):
+    one = launched["unsaved"]
+    assert one.process.returncode == 2, one.said
+    assert "rank 1 on localhost was the first (mistake): runs/x: No space left on device" in one.said
+    assert one.ends()[0]["code"] == 130
+    assert "restart" not in one.said
+    assert left_of(one.out) == []
+
+
+def test_a_launcher_that_was_held_restarts(launched):
+    one = launched["held"]
+    assert one.process.returncode == 0, one.said
+    first = one.summary["attempts"][0]["first_failure"]
+    assert first["kind"] == "ended"
+    assert first["why"] == "the launcher has given no sign for 1 s; it has saved"
+    assert {end["code"] for end in one.ends().values()} == {130}
     assert left_of(one.out) == []
 
 

@@ -18,12 +18,14 @@ from typing import Any
 import pytest
 import torch
 
+from engine_fast.config import parse_config
 from engine_fast.data.atomic import only_one
 from engine_fast.distributed import World
 from engine_fast.errors import CheckpointError, PeerError
 from engine_fast.recipes import execute
 from engine_fast.recipes.execute import run_graph
 from engine_fast.recipes.graph import Stage
+from engine_fast.recipes.stages import build_stages
 from tests.distributed.threads import run_ranks
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -295,3 +297,19 @@ def test_a_follower_notices_that_rank_0_was_killed(tmp_path: Path, monkeypatch: 
     _, second = run_ranks(2, rank)
     assert type(second) is PeerError
     assert "rank 0 is gone without a word" in str(second)
+
+
+def test_where_things_are_kept_starts_no_stage_again(tmp_path):
+    """A stage that did not fit goes on with what `doctor --plan` advises; one with other numbers does not."""
+
+    def settings_of(**changes):
+        tree = {"data": {"source_language": "a", "target_language": "b", "synthetic": {}}, **changes}
+        stages = build_stages(parse_config(tree), tmp_path, world=World(0, 1, torch.device("cpu")), say=print)
+        return {stage.name: stage.settings for stage in stages}
+
+    before = settings_of()
+    moved = {"zero_stage": 3, "offload": {"optimizer": True}, "activation_checkpointing": True}
+    buckets = {"zero_optimization": {"reduce_bucket_size": 50_000_000}, "wall_clock_breakdown": True}
+    assert settings_of(engine={**moved, "head_memory": "recompute"}, cmlm=moved, deepspeed=buckets) == before
+    assert settings_of(engine={"precision": "bf16"}) != before
+    assert settings_of(deepspeed={"zero_optimization": {"zero_quantized_weights": True}}) != before

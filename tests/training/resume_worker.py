@@ -54,8 +54,8 @@ def main(config: RunConfig, data: Path, directory: Path, stop: int) -> dict[str,
         load(self, snapshot)
         seen["loaded"] = {**state_of(self._engine), "average": average_of(self)}
 
-    def saving(self: Any, *arguments: Any) -> None:
-        save(self, *arguments)
+    def saving(self: Any, *arguments: Any, **options: Any) -> None:
+        save(self, *arguments, **options)
         seen["saved"] = {**state_of(self._engine), "average": average_of(self)}
 
     def updating(self: Any) -> None:

@@ -333,7 +333,7 @@ def test_a_directory_that_cannot_be_written_to_is_named(teach, monkeypatch, tmp_
     with pytest.raises(CheckpointError, match=r"teacher.* cannot be written to .* Choose another"):
         teach()
     read_only = OSError(errno.EROFS, "Read-only file system")
-    monkeypatch.setattr("engine_fast.training.run_directory._replace", lambda *_: (_ for _ in ()).throw(read_only))
+    monkeypatch.setattr("engine_fast.training.run_directory.write_atomic", lambda *_: (_ for _ in ()).throw(read_only))
     with pytest.raises(CheckpointError, match=r"Read-only file system.* Choose another"):
         teach("elsewhere")
 
@@ -408,7 +408,7 @@ def test_cmlm_and_engine_train_on_what_came_before(prepared, plain_teacher, tmp_
 
 
 def test_from_teacher_copies_what_fits(prepared, plain_teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.Trainer, "train", lambda self: self._engine.weights())
+    monkeypatch.setattr(loop.Trainer, "train", lambda self: self._engine.weights)
     monkeypatch.setattr("engine_fast.training.stages.RunDirectory.finish", lambda *_, **__: None)
     corpus, valid = prepared.split("train"), prepared.split("valid")
     for name, copied in (("copied", True), ("fresh", False)):
@@ -456,3 +456,27 @@ def test_a_model_of_the_wrong_kind_is_refused(prepared, plain_teacher, tmp_path)
             make_config(), prepared, prepared.split("train"), tmp_path / "engine",
             valid_corpus=prepared.split("valid"), teacher_dir=plain_teacher, cmlm_dir=plain_teacher,
         )  # fmt: skip
+
+
+def test_a_snapshot_of_an_interruption_is_no_part_of_the_average(teach, monkeypatch):
+    whole = teach("whole", teacher__average_last=2)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 10)
+        with pytest.raises(Interrupted):
+            teach("cut", teacher__average_last=2)
+    cut = teach("cut", teacher__average_last=2)
+    assert weights_of(cut) == weights_of(whole)
+    assert checkpoints(cut) == checkpoints(whole)
+
+
+def test_the_best_by_one_figure_is_not_the_best_by_another(teach, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        with pytest.raises(Interrupted):
+            teach()
+    directory = teach(teacher__early_stop__metric="bleu")
+    assert "the best by loss was update 4; by bleu it is chosen anew" in capfd.readouterr().err
+    later = [line for line in lines_of(directory, "valid") if line["update"] > 4]
+    card = load_model(directory / "model", kind="transformer").card
+    assert card["bleu"] == max(line["bleu"] for line in later)
+    assert card["best_update"] in [line["update"] for line in later]

@@ -1,6 +1,7 @@
 """The directory of one start, through which launcher, guards and helpers speak; see Attempt for its files.
 
-Records that are rewritten every second keep their place and size on disk: they still go through when it is full.
+Records that are rewritten every second keep their place and size on disk: they still go through when it is full, and an
+NFS client, which may believe for a minute that a new file is not there, sees them at once.
 """
 
 from __future__ import annotations
@@ -50,6 +51,13 @@ class Spec:
     started: float
     """Seconds since 1970."""
     versions: Mapping[str, Any] = field(default_factory=dict)
+    collective_seconds: int = 0
+    """How long the ranks' collectives wait, where their configuration leaves it open; 0 = torch's choice."""
+
+    @property
+    def beat_seconds(self) -> float:
+        """Between two beats of a guard: 1 up to 64 ranks, then in proportion: 64 a second in all."""
+        return min(5.0, max(1.0, self.world_size / 64))
 
     @property
     def world_size(self) -> int:
@@ -90,11 +98,12 @@ class Attempt:
     environment-HOST.json   variables for the ranks there, readable by the user alone
     hosts                   the hosts once more, as a hostfile
     runner.log              what the transport itself said; in nodes mode runner-HOST.log, one for each
-    launcher.beat           {"count", "stop"}: rewritten every second by the launcher
+    launcher.beat           {"count", "stop", "closed"}: rewritten every second by the launcher
     stop.json               {"action": "save" | "quit", "why", "dump"}: the same, to be read afterwards
     rank-00000.json         {"rank", "host", "node", "pid", "start_ticks", "pgid", "local_rank", guard and parent alike}
-    rank-00000.beat         {"count", "what", "alive", "patient", "state", "since"}: every second by its guard
-    rank-00000.end.json     the End, written last
+    rank-00000.beat         {"count", "what", "alive", "patient", "state", "since", "record"}: every second, by its
+                            guard; in the end {"end", "count", "record"}: the End, shortened
+    rank-00000.end.json     the End
     rank-00000.log          the rank's standard output and error
     """
 
@@ -120,6 +129,10 @@ class Attempt:
         lines = "".join(f"{host.name} slots={host.slots}\n" for host in spec.hosts)
         self.hostfile.write_text(lines, encoding="utf-8")
         write_json(self.directory / "attempt.json", asdict(spec))
+
+    @property
+    def number(self) -> int:
+        return int(self.directory.name.removeprefix("attempt-"))
 
     @classmethod
     def of_token(cls, token: str) -> Attempt:
@@ -160,38 +173,60 @@ class Attempt:
         """What the ranks on a host get. Raises OSError or ValueError where there is none."""
         return dict(json.loads(self.environment_path(host).read_bytes()))
 
-    def order(self, count: int, stop: Mapping[str, Any] | None) -> None:
-        """The launcher lives, and wants this of the ranks."""
-        write_record(self.beat_path, {"count": count, "stop": stop}, _BEAT_BYTES)
+    def order(self, count: int, stop: Mapping[str, Any] | None, closed: Mapping[str, Any] | None = None) -> None:
+        """The launcher lives, and wants this of the ranks. closed: its last word, see `closed`."""
+        write_record(self.beat_path, {"count": count, "stop": stop, "closed": closed}, _BEAT_BYTES)
+
+    def closed(self) -> dict[str, Any] | None:
+        """{"code", "restart", "delay", "why", "clean"}: how it ended; None while it runs or if its launcher was killed.
+
+        restart: another attempt follows. clean: every process of it is known to be gone.
+        """
+        return (read_json(self.beat_path) or {}).get("closed")
+
+    def names(self) -> set[str]:
+        """What the directory holds; to list it makes a network file system look anew."""
+        try:
+            return set(os.listdir(self.directory))
+        except OSError:
+            return set()
+
+    def holds(self, name: str) -> bool:
+        return name in self.names()
+
+    def forget(self, host: str) -> None:
+        """The variables of a host's ranks, among them perhaps secrets, once no rank will read them any more."""
+        self.environment_path(host).unlink(missing_ok=True)
 
     def beat(self, rank: int, tree: Mapping[str, Any]) -> None:
         """The rank's guard lives, and sees this."""
         write_record(self.rank_path(rank, "beat"), tree, _BEAT_BYTES)
 
-    def write_end(self, rank: int, end: End) -> None:
-        """On a full disk into the rank's beat, shortened."""
+    def write_end(self, rank: int, end: End, *, count: int = 0, record: Mapping[str, Any] | None = None) -> None:
+        """Also into the rank's beat, shortened: a full disk takes no other, and NFS shows it at once."""
         try:
             write_json(self.rank_path(rank, "end.json"), asdict(end))
         except OSError:
-            short = {**asdict(end), "traceback": "", "error": end.error[:400], "what": end.what[:100]}
-            self.beat(rank, {"end": short})
+            pass
+        short = {**asdict(end), "traceback": "", "error": end.error[:400], "what": end.what[:100]}
+        self.beat(rank, {"end": short, "count": count, "record": record})
 
-    def read_end(self, rank: int, beat: Mapping[str, Any] | None = None) -> End | None:
-        """None while the rank has not ended. beat: as read a moment ago."""
-        tree = read_json(self.rank_path(rank, "end.json"))
-        if tree is None:
-            tree = ((read_json(self.rank_path(rank, "beat")) if beat is None else beat) or {}).get("end")
+    def read_end(self, rank: int, beat: Mapping[str, Any] | None = None, *, listed: bool = True) -> End | None:
+        """None while the rank has not ended. beat: as read a moment ago. listed: whether end.json is there."""
+        short = ((read_json(self.rank_path(rank, "beat")) if beat is None else beat) or {}).get("end")
+        tree = (read_json(self.rank_path(rank, "end.json")) if listed or short else None) or short
         return End(**tree) if tree else None
 
 
 def attempts(root: Path) -> list[Attempt]:
     """Every attempt under `root`, oldest first."""
-    return [Attempt(path) for path in sorted(root.glob("attempt-[0-9]*"))]
+    found = [Attempt(path) for path in root.glob("attempt-[0-9]*") if path.name.removeprefix("attempt-").isdecimal()]
+    return sorted(found, key=lambda attempt: attempt.number)
 
 
 def next_number(root: Path) -> int:
     """Of the next attempt."""
-    return max((int(attempt.directory.name.removeprefix("attempt-")) for attempt in attempts(root)), default=-1) + 1
+    return max((attempt.number for attempt in attempts(root)), default=-1) + 1
 
 
 def write_json(path: Path, tree: Any) -> None:

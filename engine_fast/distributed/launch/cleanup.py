@@ -15,8 +15,11 @@ from engine_fast.distributed.launch.preflight import Ask
 from engine_fast.distributed.launch.reap import reap
 from engine_fast.distributed.launch.supervise import Say
 from engine_fast.distributed.launch.watch import Limits, Watch
+from engine_fast.errors import ConfigError
 
 _SILENCE = 4.0
+_BEATS_SECONDS = 3.5
+"""In so long a launcher that lives has beaten three times."""
 _POLL = 0.25
 
 
@@ -42,20 +45,45 @@ def reap_hosts(attempt: Attempt, spec: Spec, hosts: Sequence[str], ask: Ask | No
     return {host: complaint for host, complaint in complaints.items() if complaint}
 
 
-def left_behind(root: Path) -> tuple[Attempt, Spec] | None:
-    """The last attempt, if its launcher was killed before it could end it."""
+def left_behind(root: Path, given_up: threading.Event) -> tuple[Attempt, Spec] | None:
+    """The last attempt, if something of it may still run: its launcher was killed, or could not clean up.
+
+    Raises ConfigError if that launcher lives, which a lock need not tell: some file systems have none between hosts.
+    """
     older = attempts(root)
-    if not older or (read_json(older[-1].beat_path) or {}).get("stop") is not None:
+    if not older:
         return None
+    attempt, closed = older[-1], older[-1].closed()
+    if closed is not None and not closed["restart"] and closed["clean"]:
+        return None
+    _refuse_if_alive(attempt, given_up)
     try:
-        return older[-1], older[-1].spec()
+        spec = attempt.spec()
     except (OSError, ValueError, TypeError):
         return None  # it came no further than making the directory
+    untouched = (read_json(attempt.beat_path) or {}).get("stop") is None  # guards may be about to start
+    watch = Watch(attempt, spec, Limits(hang=spec.grace_seconds), time.monotonic())
+    watch.look(time.monotonic())
+    running = any(watch.ranks[rank].record is not None for rank in watch.unended())
+    return (attempt, spec) if untouched or running else None
+
+
+def _refuse_if_alive(attempt: Attempt, given_up: threading.Event) -> None:
+    before, limit = read_json(attempt.beat_path), time.monotonic() + _BEATS_SECONDS
+    while before is not None and time.monotonic() < limit and not given_up.wait(_POLL):
+        now = read_json(attempt.beat_path)
+        if now is not None and now["count"] != before["count"]:
+            raise ConfigError(
+                f"{attempt.directory.parent}: another `engine-fast launch` works here, perhaps on another host "
+                f"({attempt.beat_path.name} of {attempt.directory.name} moves). Wait for it, or choose another --out."
+            )
 
 
 def take_over(attempt: Attempt, spec: Spec, ask: Ask | None, say: Say, given_up: threading.Event) -> None:
     """In the place of a killed launcher: let the ranks save, then end them all."""
-    say(f"attempt {spec.number} was left by a launcher that was killed; ending what runs of it")
+    closed = attempt.closed()
+    how = "left by a launcher that was killed" if closed is None or closed["restart"] else "not cleaned up everywhere"
+    say(f"attempt {spec.number} was {how}; ending what runs of it")
     watch = Watch(attempt, spec, Limits(hang=spec.grace_seconds), time.monotonic())
     limit = time.monotonic() + spec.grace_seconds + _SILENCE
     count = 0
@@ -64,12 +92,19 @@ def take_over(attempt: Attempt, spec: Spec, ask: Ask | None, say: Say, given_up:
         attempt.order(count, {"action": "save", "why": "another launcher takes over"})
         now = time.monotonic()
         watch.look(now)
-        if all(now - watch.ranks[rank].alive_at > _SILENCE for rank in watch.unended()):
+        silence = max(_SILENCE, 3 * spec.beat_seconds)
+        if all(now - watch.ranks[rank].alive_at > silence for rank in watch.unended()):
             break
         time.sleep(_POLL)
-    attempt.order(count - 1, {"action": "quit", "why": "another launcher has taken over"})
-    for host, complaint in reap_hosts(attempt, spec, hosts_of(watch), ask).items():
+    quit_ = {"action": "quit", "why": "another launcher has taken over"}
+    attempt.order(count - 1, quit_)
+    complaints = reap_hosts(attempt, spec, hosts_of(watch), ask)
+    for host, complaint in complaints.items():
         say(f"{host}: {complaint}")
+    closed = {"code": 2, "restart": False, "delay": 0.0, "why": quit_["why"], "clean": not complaints}
+    attempt.order(count - 2, quit_, closed)
+    for known in spec.hosts:
+        attempt.forget(known.name)
 
 
 def hosts_of(watch: Watch) -> list[str]:

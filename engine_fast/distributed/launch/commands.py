@@ -44,11 +44,11 @@ def start_command(spec: Spec, attempt: Attempt, environ: Mapping[str, str], *, n
         argv = [
             "srun", f"--nodes={len(spec.hosts)}", f"--ntasks={spec.world_size}",
             f"--ntasks-per-node={spec.hosts[0].slots}", f"--nodelist={','.join(host.name for host in spec.hosts)}",
-            *_cpus(environ), "--distribution=block", "--kill-on-bad-exit=0", "--wait=0", "--export=ALL", "--chdir=/",
-            "--unbuffered",
+            *_cpus(environ), *_gpus(environ), "--distribution=block", "--kill-on-bad-exit=0", "--wait=0",
+            "--export=ALL", "--chdir=/", "--unbuffered",
             spec.python, "-u", "-m", guard, attempt.token,
         ]  # fmt: skip
-        return Command(tuple(argv), dict(environ), spec.cwd)
+        return Command(tuple(argv), _unbound(environ), spec.cwd)
     argv = [
         spec.python, "-m", f"{_PACKAGE}.runner", f"--hostfile={attempt.hostfile}", f"--launcher={spec.launcher}",
         f"--master_addr={spec.master_addr}", f"--master_port={spec.master_port}", "--force_multi", "--no_ssh_check",
@@ -68,7 +68,7 @@ def remote_command(
         return Command(tuple(argv), dict(environ), "/")
     if launcher == "slurm":
         srun = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}", "--export=ALL", "--chdir=/"]
-        return Command((*srun, *argv), dict(environ), "/")
+        return Command((*srun, *_gpus(environ), *argv), _unbound(environ), "/")
     variables = [f"{name}={value}" for name, value in early(forwarded).items()]
     line = shlex.join(["env", *variables, *argv])
     if launcher == "openmpi":
@@ -94,6 +94,16 @@ def _cpus(environ: Mapping[str, str]) -> list[str]:
     """srun no longer takes the job's own number by itself."""
     cpus = environ.get("SLURM_CPUS_PER_TASK", "")
     return [f"--cpus-per-task={cpus}"] if cpus.isdecimal() else []
+
+
+def _gpus(environ: Mapping[str, str]) -> list[str]:
+    """Every rank sees every GPU of its node and takes the one of its number, as torchrun and DeepSpeed have it."""
+    return ["--gpu-bind=none"] if any(name.startswith("SLURM_") and "GPU" in name for name in environ) else []
+
+
+def _unbound(environ: Mapping[str, str]) -> dict[str, str]:
+    """Without what would give each task GPUs of its own."""
+    return {name: value for name, value in environ.items() if name not in ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND")}
 
 
 def _pdsh(environ: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine_fast.distributed.launch import nodes, probe
-from engine_fast.distributed.launch.attempt import Attempt, Spec, read_json, write_json, write_private
+from engine_fast.distributed.launch.attempt import Attempt, Spec, attempts, read_json, write_json, write_private
 from engine_fast.distributed.launch.cleanup import reap_hosts
 from engine_fast.distributed.launch.launcher import Launch, locked
 from engine_fast.distributed.launch.supervise import end_transport, peek, start_transport
@@ -34,16 +34,17 @@ class Follower:
     def run(self) -> int:
         """Node 0's exit code, or 2 if it is lost. Raises ConfigError if there is none."""
         launch, flags = self.launch, self.launch.plan.flags
-        after, patience = -1, nodes.JOIN_SECONDS
-        with locked(launch.root, self._node), launch.signals.caught():
+        after: Attempt | None = None
+        patience = nodes.JOIN_SECONDS
+        with locked(launch.root, self._node, launch.say), launch.signals.caught():
             while True:
                 attempt = nodes.find_attempt(
                     launch.root, after=after, nodes=flags.nodes or 1, arguments=flags.arguments, seconds=patience,
                     given_up=launch.signals.given_up,
                 )  # fmt: skip
-                if attempt is None:
+                if attempt is None and launch.signals():
                     return 130
-                closed = self._take_part(attempt)
+                closed = self._take_part(attempt) if attempt is not None else attempts(launch.root)[-1].closed()
                 if closed is None:
                     launch.say(f"node 0's launcher has given no sign for {launch.lost_seconds:g} s; this node is clean")
                     return 2
@@ -52,7 +53,7 @@ class Follower:
                         launch.say(closed["why"])
                     launch.say(f"node 0 says: exit code {closed['code']}; the summary is on its terminal")
                     return int(closed["code"])
-                after = int(attempt.directory.name.removeprefix("attempt-"))
+                after = attempt
                 patience = nodes.JOIN_SECONDS + float(closed["delay"])
 
     def _take_part(self, attempt: Attempt) -> dict[str, Any] | None:
@@ -68,8 +69,9 @@ class Follower:
             if spec is not None and self._name in [host.name for host in spec.hosts]:
                 self._run(attempt, spec, heart)
         finally:
+            attempt.forget(self._name)
             heart.end()
-        while (closed := read_json(attempt.directory / "closed.json")) is None and not self._lost(attempt):
+        while (closed := attempt.closed()) is None and not self._lost(attempt):
             time.sleep(_POLL)
         return closed
 
@@ -89,8 +91,8 @@ class Follower:
         write_json(attempt.directory / f"{self._name}.json", joined)
 
     def _await_start(self, attempt: Attempt) -> Spec | None:
-        while read_json(attempt.directory / "attempt.json") is None:
-            if (attempt.directory / "closed.json").exists() or self._lost(attempt) or self.launch.signals() > 1:
+        while not attempt.holds("attempt.json"):
+            if attempt.closed() is not None or self._lost(attempt) or self.launch.signals() > 1:
                 return None
             time.sleep(_POLL)
         return attempt.spec()
@@ -102,7 +104,8 @@ class Follower:
         self.launch.say(f"attempt {spec.number}: {spec.hosts[index].slots} ranks here, logs in {attempt.directory}")
         ranks, quit_at, lost_at = spec.ranks_of(self._name), None, None
         try:
-            while not all(attempt.read_end(rank) is not None for rank in ranks):
+            names = attempt.names()
+            while not all(attempt.read_end(rank, listed=_end(attempt, rank) in names) is not None for rank in ranks):
                 now = time.monotonic()
                 if heart.transport is None:
                     heart.transport = peek(child)
@@ -119,6 +122,7 @@ class Follower:
                 if heart.transport is not None and stop and not started:
                     break
                 time.sleep(_POLL)
+                names = attempt.names()
         finally:
             late = not all(attempt.rank_path(rank, "json").exists() for rank in ranks)
             end_transport(child, late=late, interrupts=self.launch.signals)
@@ -131,3 +135,7 @@ class Follower:
         if count != self._heard[1]:
             self._heard = now, count
         return now - self._heard[0] > self.launch.lost_seconds
+
+
+def _end(attempt: Attempt, rank: int) -> str:
+    return attempt.rank_path(rank, "end.json").name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_fast.distributed.launch import nodes, preflight, probe, summary
-from engine_fast.distributed.launch.attempt import Attempt, Spec, next_number, write_json
+from engine_fast.distributed.launch.attempt import Attempt, Spec, next_number
 from engine_fast.distributed.launch.cleanup import left_behind, reap_hosts, take_over
 from engine_fast.distributed.launch.commands import Command, helper, remote_command, shown, start_command
 from engine_fast.distributed.launch.environment import forwarded
@@ -26,12 +27,15 @@ from engine_fast.distributed.launch.hostfile import Host
 from engine_fast.distributed.launch.plan import LOST_SECONDS, Plan
 from engine_fast.distributed.launch.signals import Signals
 from engine_fast.distributed.launch.supervise import Heart, Outcome, Say, supervise, transport_ended
-from engine_fast.distributed.launch.watch import Limits, Trouble, Watch
+from engine_fast.distributed.launch.watch import INTERRUPTED, Limits, Trouble, Watch
 from engine_fast.errors import ConfigError
 
 MAX_BACKOFF = 300.0
+_COLLECTIVE_SECONDS = 86400
+"""At least so long the ranks wait for one another; who hangs or is gone the launcher finds out, and much sooner."""
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system without locks answers."""
 _PROGRAMS = {"pdsh": "pdsh", "openmpi": "mpirun", "slurm": "srun"}
-_SETTLE = 1.5
 
 
 @dataclass
@@ -55,6 +59,8 @@ class Launch:
         self.forwarded = forwarded(self.environ, flags.forward, everywhere=self.plan.mode in ("hosts", "slurm"))
         self.signals = Signals()
         self._history: list[dict[str, Any]] = []
+        self._promised: Heart | None = None
+        """Of the last attempt, while another one is to follow."""
 
     def run(self) -> int:
         """The exit code: 0, 130 or 2. Raises ConfigError for what keeps the first attempt from starting."""
@@ -62,8 +68,8 @@ class Launch:
         if needed is not None and shutil.which(needed, path=self.environ.get("PATH")) is None:
             raise ConfigError(f"--launcher {self.plan.launcher} needs {needed}, which is not on PATH. Install it.")
         self._warn()
-        with locked(self.root, self.plan.flags.node_rank), self.signals.caught():
-            older = left_behind(self.root)
+        with locked(self.root, self.plan.flags.node_rank, self.say), self.signals.caught():
+            older = left_behind(self.root, self.signals.given_up)
             if older is not None:
                 ask = self._ask(older[1].mode, older[1].launcher, threading.Event())
                 take_over(*older, ask, self.say, self.signals.given_up)
@@ -87,6 +93,7 @@ class Launch:
                 command = remote_command(plan.launcher, host.name, question, self.environ, self.forwarded)
                 lines.append(f"preflight: {shown(command)}")
         node = plan.flags.node_rank or 0
+        lines += plan.notes
         if plan.mode == "nodes":
             lines.append(f"this is node {node}; the others are assumed to have as many ranks")
         lines.append(f"start: {shown(start_command(spec, attempt, self.environ, node=node))}")
@@ -102,46 +109,65 @@ class Launch:
 
     def _attempts(self) -> int:
         most, backoff = self.plan.flags.max_restarts, self.plan.flags.backoff
-        for restarts in range(most + 1):
-            delay = min(backoff * 2**restarts, MAX_BACKOFF)
-            code, again = self._attempt(restarts, delay)
-            if self.signals() and code:
-                return 130
-            if not again:
-                return code
-            self.say(f"restart {restarts + 1} of {most} in {delay:g} s")
-            if self.signals.given_up.wait(delay):
-                return 130
-        return 2
+        restarts, code, again = 0, 2, True
+        try:
+            while again:
+                delay = min(backoff * 2**restarts, MAX_BACKOFF)
+                code, again = self._attempt(restarts, delay)
+                if again:
+                    restarts += 1
+                    self.say(f"restart {restarts} of {most} in {delay:g} s")
+                    if self.signals.given_up.wait(delay):
+                        code, again = INTERRUPTED, False
+        finally:
+            self._take_back(code)
+        return code
+
+    def _take_back(self, code: int) -> None:
+        """No attempt follows after all: the other nodes' launchers need not wait for one."""
+        if self._promised is not None:
+            self._promised.withdraw(code, "node 0 has given up the restart")
+            self._promised = None
 
     def _attempt(self, restarts: int, delay: float) -> tuple[int, bool]:
         """(exit code, whether another one follows)."""
         may_restart = restarts < self.plan.flags.max_restarts
         attempt = Attempt.begin(self.root, next_number(self.root))
+        if self._promised is not None:
+            self._promised.rest()
         heart = Heart(attempt)
         heart.start()
         peers = self._peers(attempt)
         try:
             plan, master, port, versions = self._prepared(attempt, restarts, peers)
         except BaseException as error:
+            again = may_restart and restarts > 0 and isinstance(error, ConfigError) and not self.signals()
+            code = INTERRUPTED if self.signals() else 2
             heart.end()
-            self._close(attempt, peers, 2, may_restart and restarts > 0, delay, str(error))
+            heart.close(_word(code, again, delay, str(error)))
             if peers is None:
+                heart.rest()
                 shutil.rmtree(attempt.directory, ignore_errors=True)
+            else:
+                self._keep(heart, again, code)
             if not isinstance(error, ConfigError) or (restarts == 0 and not self.signals()):
                 raise
             if not self.signals():
                 self.say(str(error))
-            return 2, may_restart
-        spec = self._spec(plan, _number(attempt), master, port, versions)
+            return code, again
+        spec = self._spec(plan, attempt.number, master, port, versions)
         own = spec.hosts[:1] if peers is not None else spec.hosts
+        self._promised = None  # the promise is kept
         attempt.describe(spec, {host.name: self.forwarded for host in own})
         where = ", ".join(f"{host.name}:{host.slots}" for host in spec.hosts)
         self.say(f"attempt {spec.number}: {spec.world_size} ranks on {where}, logs in {attempt.directory}")
         outcome = self._supervised(attempt, spec, heart, peers)
         again = may_restart and outcome.can_mend and not self.signals()
         self.say(summary.describe(outcome, attempt, spec))
-        self._close(attempt, peers, outcome.code, again, delay, "")
+        heart.close(_word(outcome.code, again, delay, "", clean=not outcome.unreaped))
+        self._keep(heart, again, outcome.code)
+        for host in own:
+            attempt.forget(host.name)
         self._history.append(summary.record(outcome, spec))
         summary.write(self.root, self._history)
         return outcome.code, again
@@ -160,13 +186,13 @@ class Launch:
 
         def other(watch: Watch) -> Trouble | None:
             found = peers.trouble() if peers is not None else None
-            for host, code in peers.ended_transports(_SETTLE) if peers is not None else []:
-                found = found or transport_ended(watch, code, host)
+            for host, code, ended_at in peers.ended_transports() if peers is not None else []:
+                found = found or transport_ended(watch, code, host, ended_at)
             return found
 
         return supervise(
             attempt, spec, self.command(spec, attempt), heart,
-            limits=self.limits or Limits(self.plan.flags.hang_seconds),
+            limits=self._limits,
             interrupts=interrupts, reap=clean, say=self.say, host=own if peers is not None else "", other=other,
         )  # fmt: skip
 
@@ -182,7 +208,7 @@ class Launch:
             self.say(f"waiting for {(flags.nodes or 1) - 1} other nodes in {attempt.directory}")
             hosts, failures = peers.gather(
                 plan.hosts[0], root=self.root, python=plan.python, cwd=plan.cwd, seconds=nodes.JOIN_SECONDS,
-                given_up=self.signals.given_up,
+                given_up=self.signals.given_up, gpus=self._on_gpus,
             )  # fmt: skip
             port = next((port for port in range(plan.port + restarts, 65536) if probe.is_free(port)), 0)
             if port != plan.port and restarts == 0:
@@ -191,8 +217,9 @@ class Launch:
         elif flags.preflight or plan.mode == "local":
             ask = self._ask(plan.mode, plan.launcher, self.signals.given_up) or _ask_here
             report = preflight.check_hosts(
-                plan.hosts, self.root, ask=ask, python=plan.python, cwd=plan.cwd, master=plan.master_addr, port=wanted
-            )
+                plan.hosts, self.root, ask=ask, python=plan.python, cwd=plan.cwd, master=plan.master_addr, port=wanted,
+                gpus=self._on_gpus,
+            )  # fmt: skip
         else:
             return plan, plan.master_addr or plan.hosts[0].name, wanted or probe.free_port(), probe.versions()
         if report.failures and flags.elastic and restarts and report.hosts:
@@ -209,20 +236,29 @@ class Launch:
             master_addr=master, master_port=port, grace_seconds=plan.flags.grace_seconds,
             lost_seconds=self.lost_seconds, launcher_pid=os.getpid(), launcher_host=socket.gethostname(),
             started=time.time(), versions=dict(versions),
+            collective_seconds=max(_COLLECTIVE_SECONDS, round(2 * max(self._limits.hang, self._limits.alone))),
         )  # fmt: skip
+
+    @property
+    def _limits(self) -> Limits:
+        return self.limits or Limits(self.plan.flags.hang_seconds)
+
+    @property
+    def _on_gpus(self) -> bool:
+        """Whether ranks may want a host's GPUs."""
+        return self.plan.flags.gpus and self.forwarded.get("CUDA_VISIBLE_DEVICES") != ""
 
     def _peers(self, attempt: Attempt) -> nodes.Peers | None:
         if self.plan.mode != "nodes":
             return None
         return nodes.Peers(attempt, self.plan.flags.nodes or 1, silence=self.lost_seconds)
 
-    def _close(
-        self, attempt: Attempt, peers: nodes.Peers | None, code: int, again: bool, delay: float, why: str
-    ) -> None:
-        """Tell the other nodes' launchers how it ended."""
-        if peers is not None:
-            end = {"code": code, "restart": again, "delay": delay, "why": why}
-            write_json(attempt.directory / "closed.json", end)
+    def _keep(self, heart: Heart, again: bool, code: int) -> None:
+        """The heart of an attempt that another one follows beats on: its launcher lives, and may change its mind."""
+        if again:
+            self._promised = heart
+        else:
+            self._take_back(code)
 
     def _ask(self, mode: str, launcher: str, given_up: threading.Event) -> preflight.Ask | None:
         """How to run something on a host; None where every host is this one."""
@@ -231,32 +267,43 @@ class Launch:
         return preflight.asking(launcher, self.environ, self.forwarded, given_up)
 
     def _warn(self) -> None:
+        for note in self.plan.notes:
+            self.say(note)
         for path in (Path(".deepspeed_env"), Path.home() / ".deepspeed_env"):
             if self.plan.launcher in ("pdsh", "openmpi") and path.is_file():
                 self.say(f"{path}: is not read, because DeepSpeed would run its values in a shell. Use --forward NAME.")
 
 
+def _word(code: int, restart: bool, delay: float, why: str, *, clean: bool = True) -> dict[str, Any]:
+    """The last word on an attempt: see Attempt.closed."""
+    return {"code": code, "restart": restart, "delay": delay, "why": why, "clean": clean}
+
+
 @contextmanager
-def locked(root: Path, node: int | None) -> Iterator[None]:
-    """One launcher at a time works in a run directory (in nodes mode: one for each node)."""
+def locked(root: Path, node: int | None, say: Say) -> Iterator[None]:
+    """One launcher at a time works in a run directory (in nodes mode: one for each node).
+
+    A lock may hold on this host alone, or not at all: whether the last attempt's launcher lives is looked at besides.
+    """
     try:
         root.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"{root}: a file is in the way, expected a directory. Choose another --out.") from error
-    with (root / (".lock" if node is None else f".lock-{node}")).open("w") as stream:
+    # Node 0 stands for all nodes against launches of other kinds.
+    with (root / (f".lock-{node}" if node else ".lock")).open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
                 f"{root}: another `engine-fast launch` works here. Wait for it, or choose another --out."
             ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            say(f"{root}: this file system has no locks ({error.strerror}). Start no second launch here meanwhile.")
         yield
 
 
 def _ask_here(_host: str, argv: Sequence[str]) -> tuple[int, str, str]:
     """The probe of this host needs no process of its own."""
     return 0, probe.MARK + json.dumps(probe.examine(probe.unpack(argv[-1]))), ""
-
-
-def _number(attempt: Attempt) -> int:
-    return int(attempt.directory.name.removeprefix("attempt-"))

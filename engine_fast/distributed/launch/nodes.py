@@ -2,13 +2,12 @@
 
 Node 0 leads. It opens an attempt; the others, who look for one with a living launcher, write down what they are and
 wait. Once all have joined, node 0 writes attempt.json, and each starts the ranks of its own node. All decisions are
-node 0's, published as ever to the guards; the others report, obey, clean up their own node, and read from closed.json
-how it ended and whether there will be another attempt. Files of node I, beside those of Attempt:
+node 0's, published as ever to the guards; the others report, obey, clean up their own node, and read from node 0's last
+word in launcher.beat how it ended and whether there will be another attempt. Files of node I, beside those of Attempt:
 
     open.json               {"nodes", "arguments"}, by node 0
     node-I.json             what joined: {"name", "slots", "answer", "python", "cwd"}
     node-I.beat             {"count", "time", "interrupts", "transport", "over"}: rewritten every second
-    closed.json             {"code", "restart", "delay", "why"}, by node 0
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from engine_fast.distributed.launch import preflight, probe
-from engine_fast.distributed.launch.attempt import Attempt, read_json, write_json, write_record
+from engine_fast.distributed.launch.attempt import Attempt, attempts, read_json, write_json, write_record
 from engine_fast.distributed.launch.hostfile import Host
+from engine_fast.distributed.launch.probe import gpus_here
 from engine_fast.distributed.launch.watch import Trouble
 from engine_fast.errors import ConfigError
 
@@ -98,7 +98,7 @@ class Peers:
         write_json(self._attempt.directory / "open.json", {"nodes": self._count, "arguments": list(arguments)})
 
     def gather(
-        self, own: Host, *, root: Path, python: str, cwd: str, seconds: float, given_up: threading.Event
+        self, own: Host, *, root: Path, python: str, cwd: str, seconds: float, given_up: threading.Event, gpus: bool
     ) -> tuple[list[Host], dict[str, str]]:
         """(hosts that take part, this one first; host -> why another cannot)."""
         limit, here = time.monotonic() + seconds, probe.versions()
@@ -108,12 +108,16 @@ class Peers:
             if all(node in self._peers and self._peers[node].offset is not None for node in wanted):
                 break
             time.sleep(_POLL)
-        hosts, failures = [own], {}
+        hosts, failures = [own], dict[str, str]()
+        if gpus and (why := preflight.short_of_gpus(gpus_here(), own.slots, anywhere=False)):
+            failures[own.name] = why
         for node in wanted:
             peer = self._peers.get(node)
             why = "has not joined. Start the same command there, with --out on a shared file system."
             if peer is not None:
                 why = self._unfit(peer, root=root, here=here, python=python, cwd=cwd)
+                if gpus and not why:
+                    why = preflight.short_of_gpus(peer.record["answer"]["gpus"], peer.record["slots"], anywhere=False)
             if why:
                 failures[name_of(node)] = why if peer is None else f"({peer.record['answer']['host']}) {why}"
             else:
@@ -124,10 +128,12 @@ class Peers:
 
     def look(self) -> None:
         """Read what has changed."""
-        now = time.monotonic()
+        now, names = time.monotonic(), self._attempt.names()
         for node in range(1, self._count):
             peer = self._peers.get(node)
             if peer is None:
+                if f"{name_of(node)}.json" not in names:
+                    continue
                 record = read_json(self._attempt.directory / f"{name_of(node)}.json")
                 if record is None:
                     continue
@@ -156,13 +162,12 @@ class Peers:
                 return Trouble(None, "transport", f"{why} for {now - peer.changed_at:.0f} s", action="save")
         return None
 
-    def ended_transports(self, settle: float) -> list[tuple[str, int]]:
-        """(host, exit code) where what started the ranks ended more than `settle` seconds ago."""
-        now = time.monotonic()
+    def ended_transports(self) -> list[tuple[str, int, float]]:
+        """(host, exit code, when by the monotonic clock) where what started the ranks has ended."""
         return [
-            (name_of(node), peer.transport)
+            (name_of(node), peer.transport, peer.transport_at)
             for node, peer in self._taking_part()
-            if peer.transport is not None and now - peer.transport_at > settle
+            if peer.transport is not None
         ]
 
     def await_over(self, hosts: Sequence[str], seconds: float) -> dict[str, str]:
@@ -193,22 +198,26 @@ class Peers:
 
 
 def find_attempt(
-    root: Path, *, after: int, nodes: int, arguments: Sequence[str], seconds: float, given_up: threading.Event
-) -> Attempt | None:
-    """The newest attempt later than `after` whose launcher lives; None if `given_up` was set first.
+    root: Path, *, after: Attempt | None, nodes: int, arguments: Sequence[str], seconds: float,
+    given_up: threading.Event,
+) -> Attempt | None:  # fmt: skip
+    """The newest attempt later than `after` whose launcher lives.
 
+    None if `given_up` was set first, or there will be none: the newest, `after` or one that this node missed, says so.
     Raises ConfigError: none within the time, or one that was started with another command.
     """
     seen: dict[int, int] = {}
     limit = time.monotonic() + seconds
     while not given_up.is_set():
-        numbers = sorted((_number(path) for path in root.glob("attempt-[0-9]*")), reverse=True)
-        if numbers and numbers[0] > after:
-            attempt = Attempt(root / f"attempt-{numbers[0]:03d}")
+        attempt = next(reversed(attempts(root)), None)
+        closed = attempt.closed() if attempt is not None else None
+        if after is not None and closed is not None and not closed["restart"]:
+            return None
+        if attempt is not None and (after is None or attempt.number > after.number):
             count = (read_json(attempt.beat_path) or {}).get("count")
-            invitation = read_json(attempt.directory / "open.json")
-            alive = count is not None and seen.setdefault(numbers[0], count) != count
-            if alive and invitation is not None and read_json(attempt.directory / "closed.json") is None:
+            invitation = read_json(attempt.directory / "open.json") if attempt.holds("open.json") else None
+            alive = count is not None and seen.setdefault(attempt.number, count) != count
+            if alive and invitation is not None and closed is None:
                 if (invitation["nodes"], invitation["arguments"]) != (nodes, list(arguments)):
                     theirs = f"--nodes {invitation['nodes']}, {' '.join(invitation['arguments'])}"
                     raise ConfigError(
@@ -223,7 +232,3 @@ def find_attempt(
             )
         given_up.wait(_POLL)
     return None
-
-
-def _number(path: Path) -> int:
-    return int(path.name.removeprefix("attempt-"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine_fast.distributed.launch.hostfile import Host, is_host_name, read_hostfile
+from engine_fast.distributed.launch.probe import gpus_here
 from engine_fast.errors import ConfigError, require
 
 MODES = ("local", "hosts", "nodes", "slurm")
@@ -41,6 +43,8 @@ class Flags:
     port: int = 0
     forward: tuple[str, ...] = ()
     preflight: bool = True
+    gpus: bool = True
+    """False: the configuration says that the ranks use none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,8 @@ class Plan:
     """0: a free one of host 0."""
     python: str
     cwd: str
+    notes: tuple[str, ...] = ()
+    """What the user may not have meant."""
 
     @property
     def program(self) -> tuple[str, ...]:
@@ -83,6 +89,7 @@ def make_plan(
         )
     _check_numbers(flags)
     master_addr, port = _master(flags, mode)
+    notes: tuple[str, ...] = ()
     if mode == "hosts":
         assert flags.hostfile is not None
         hosts = read_hostfile(flags.hostfile)
@@ -91,7 +98,7 @@ def make_plan(
         require(flags.ranks is None, "--ranks", flags.ranks, "no such flag with --hostfile", "Its slots say it.")
     elif mode == "slurm":
         require(flags.ranks is None, "--ranks", flags.ranks, "no such flag with --slurm", "Use --ranks-per-node.")
-        hosts = _allocation(flags, environ)
+        hosts, notes = _allocation(flags, environ)
     else:
         given = flags.ranks_per_node if flags.ranks is None else flags.ranks
         name = "localhost" if mode == "local" else f"node-{flags.node_rank}"
@@ -100,19 +107,7 @@ def make_plan(
         master_addr = "127.0.0.1"
     if mode == "slurm" and not master_addr:
         master_addr = hosts[0].name
-    return Plan(flags, mode, launcher, tuple(hosts), master_addr, port, sys.executable, os.getcwd())
-
-
-def gpus_here() -> int:
-    """How many GPUs CUDA_VISIBLE_DEVICES or nvidia-smi names; asking torch would take seconds and touch them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip()])
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    return sum(line.startswith("GPU ") for line in listed.splitlines())
+    return Plan(flags, mode, launcher, tuple(hosts), master_addr, port, sys.executable, os.getcwd(), notes)
 
 
 def parse_master(text: str) -> tuple[str, int]:
@@ -182,8 +177,8 @@ def _limited(host: Host, most: int) -> Host:
     return Host(host.name, most)
 
 
-def _allocation(flags: Flags, environ: Mapping[str, str]) -> list[Host]:
-    """The hosts of the SLURM job around this process."""
+def _allocation(flags: Flags, environ: Mapping[str, str]) -> tuple[list[Host], tuple[str, ...]]:
+    """The hosts of the SLURM job around this process, and what is odd about it."""
     nodelist = environ.get("SLURM_JOB_NODELIST")
     if "SLURM_JOB_ID" not in environ or not nodelist:
         raise ConfigError("--slurm: no allocation is here (SLURM_JOB_ID is not set). Use it inside sbatch or salloc.")
@@ -193,9 +188,36 @@ def _allocation(flags: Flags, environ: Mapping[str, str]) -> list[Host]:
         ).stdout.split()
     except (OSError, subprocess.SubprocessError) as error:
         raise ConfigError(f"--slurm: scontrol cannot expand SLURM_JOB_NODELIST = {nodelist!r} ({error}).") from error
-    per_node = flags.ranks_per_node
-    if per_node is None:
-        gpus = environ.get("SLURM_GPUS_ON_NODE", "")
-        tasks = environ.get("SLURM_NTASKS_PER_NODE", "")
-        per_node = next((int(text) for text in (tasks, gpus) if text.isdecimal() and int(text) > 0), 1)
-    return [Host(name, per_node) for name in listed]
+    gpus = _last_number(environ.get("SLURM_GPUS_ON_NODE", "")) or _last_number(environ.get("SLURM_GPUS_PER_NODE", ""))
+    per_node = flags.ranks_per_node or _tasks(environ, gpus, len(listed)) or gpus or 1
+    notes: tuple[str, ...] = ()
+    if flags.ranks_per_node is None and per_node < gpus:
+        notes = (f"SLURM says {per_node} tasks for {gpus} GPUs a node; for a rank a GPU give --ranks-per-node {gpus}",)
+    return [Host(name, per_node) for name in listed], notes
+
+
+def _tasks(environ: Mapping[str, str], gpus: int, nodes: int) -> int:
+    """Tasks a node that the job asks for; 0 if it leaves them open. Raises ConfigError where nodes differ."""
+    if asked := _last_number(environ.get("SLURM_NTASKS_PER_NODE", "")):
+        return asked
+    if gpus and not environ.get("SLURM_NTASKS"):
+        return 0  # SLURM then counts one a node
+    text = environ.get("SLURM_TASKS_PER_NODE", "")
+    counts = []
+    for part in filter(None, text.split(",")):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        require(found is not None, "SLURM_TASKS_PER_NODE", text, "such as 8(x2),4", "Give --ranks-per-node.")
+        assert found is not None
+        counts += [int(found[1])] * int(found[2] or 1)
+    if len(set(counts[:nodes])) > 1:
+        raise ConfigError(
+            f"--slurm: SLURM_TASKS_PER_NODE = {text!r}, expected the same on every node. Give --ranks-per-node, "
+            "or --ntasks-per-node to sbatch."
+        )
+    return counts[0] if counts else 0
+
+
+def _last_number(text: str) -> int:
+    """4 of `4`, `h100:4` and `gpu:h100:4`; 0 where there is none."""
+    number = text.rpartition(":")[2]
+    return int(number) if number.isascii() and number.isdecimal() else 0

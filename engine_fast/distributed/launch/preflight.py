@@ -49,12 +49,12 @@ Ask = Callable[[str, Sequence[str]], tuple[int, str, str]]
 
 
 def check_hosts(
-    hosts: Sequence[Host], root: Path, *, ask: Ask, python: str, cwd: str, master: str, port: int
+    hosts: Sequence[Host], root: Path, *, ask: Ask, python: str, cwd: str, master: str, port: int, gpus: bool = True
 ) -> Report:
     """Probe all hosts at once. The first that can take part holds the master port.
 
     root: OUT/launch, on the shared file system. master: "" = the name of that host, or its address if others do not
-    know the name.
+    know the name. gpus: the ranks use them where there are any, one each.
     """
     nonce = f".nonce-{secrets.token_hex(8)}"
     (root / nonce).write_text(nonce, encoding="utf-8")
@@ -75,8 +75,15 @@ def check_hosts(
             found = list(pool.map(lambda host: one(host, name, port if host is hosts[0] else 0), hosts))
     finally:
         (root / nonce).unlink(missing_ok=True)
-    answers = {host.name: answer for host, (answer, failure) in zip(hosts, found, strict=True) if not failure}
-    failures = {host.name: failure for host, (_, failure) in zip(hosts, found, strict=True) if failure}
+    anywhere = any(answer.get("gpus") for answer, _ in found)
+    answers, failures = dict[str, dict[str, Any]](), dict[str, str]()
+    for host, (answer, failure) in zip(hosts, found, strict=True):
+        if gpus and not failure:
+            failure = short_of_gpus(answer["gpus"], host.slots, anywhere=anywhere)
+        if failure:
+            failures[host.name] = failure
+        else:
+            answers[host.name] = answer
     first = answers.get(hosts[0].name)
     if first is not None and not first["port_free"]:
         del answers[hosts[0].name]
@@ -150,6 +157,17 @@ def unfit(
     if offset > _CLOCK_SECONDS:
         return f"its clock is {offset:.0f} s off. Let both hosts set their clocks (chrony, ntpd)."
     return ""
+
+
+def short_of_gpus(gpus: int, ranks: int, *, anywhere: bool) -> str:
+    """Why a host with so many GPUs cannot have so many ranks; empty if it can. anywhere: another host has some."""
+    if gpus >= ranks or not (gpus or anywhere):
+        return ""
+    return (
+        f"has {gpus} GPUs for {ranks} ranks. Start as many ranks as GPUs, "
+        "or set runtime.device = cpu, or hide the GPUs: "
+        "`CUDA_VISIBLE_DEVICES= engine-fast launch --forward CUDA_VISIBLE_DEVICES ...`."
+    )
 
 
 def _master_of(

@@ -49,7 +49,8 @@ def find_answer(output: str) -> dict[str, Any] | None:
 
 
 def examine(question: Mapping[str, Any]) -> dict[str, Any]:
-    """{"versions", "time", "free_bytes", "nonce", "writable", "cwd", "port", "port_free", "resolves", "addresses"}.
+    """{"versions", "time", "free_bytes", "nonce", "writable", "cwd", "port", "port_free", "resolves", "addresses",
+    "gpus"}.
 
     The question: {"root": run directory of the launcher, "nonce": file in it, "cwd", "port": 0 or a wanted one,
     "master": a name to resolve or ""}.
@@ -66,6 +67,7 @@ def examine(question: Mapping[str, Any]) -> dict[str, Any]:
         "port_free": not port or is_free(port),
         "resolves": _resolve(question["master"]),
         "addresses": _addresses(),
+        "gpus": gpus_here(),
         "time": time.time(),
     }
 
@@ -85,6 +87,18 @@ def free_port() -> int:
     """A port that nobody listens on here."""
     candidates = random.SystemRandom().sample(_PORTS, 200)
     return next(port for port in candidates if is_free(port))
+
+
+def gpus_here() -> int:
+    """How many GPUs CUDA_VISIBLE_DEVICES or nvidia-smi names; asking torch would take seconds and touch them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip()])
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.splitlines())
 
 
 def is_free(port: int) -> bool:

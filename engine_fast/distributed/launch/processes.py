@@ -52,6 +52,14 @@ def process(pid: int) -> Process | None:
     return Process(pid, found.ticks) if found is not None else None
 
 
+def command_line(pid: int) -> str:
+    """Its words, separated by NUL; empty where there is no such process."""
+    try:
+        return os.fsdecode((_PROC / str(pid) / "cmdline").read_bytes())
+    except OSError:
+        return ""
+
+
 def is_stopped(pid: int) -> bool:
     """Whether it is held by SIGSTOP or a debugger."""
     found = _stat(pid)

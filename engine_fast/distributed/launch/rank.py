@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from engine_fast.distributed.launch.attempt import ASKED, Attempt, End, Spec, re
 from engine_fast.distributed.launch.environment import for_rank
 from engine_fast.errors import ConfigError
 
-_TICK, _GAP = 1.0, 5.0
+_GAP = 5.0
 _WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _PLACES = {
     "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -61,12 +61,14 @@ def find_place(spec: Spec, environ: Mapping[str, str]) -> Place:
     if spec.launcher == "pdsh":
         # DeepSpeed counts a host's ranks from (rank mod slots), which is not 0 after hosts with other slots.
         local_rank = planned
-    return Place(rank, local_rank, host.slots, environ.get("SLURMD_NODENAME", host.name))
+    return Place(rank, local_rank, host.slots, host.name)
 
 
 def environment(spec: Spec, place: Place, attempt: Attempt, environ: Mapping[str, str]) -> dict[str, str]:
     """What the rank's process gets."""
+    patience = {presence.COLLECTIVE_TIMEOUT: str(spec.collective_seconds)} if spec.collective_seconds else {}
     return {
+        **patience,
         **for_rank(environ, attempt.environment(spec.place(place.rank)[0].name)),
         # torchrun and DeepSpeed have set these two; MPI and SLURM know nothing of them.
         "MASTER_ADDR": environ.get("MASTER_ADDR", spec.master_addr),
@@ -98,12 +100,18 @@ class Guard:
         self._why_ended = ""
         self._was_stopped = False
         self._asked_at: float | None = None
-        self._forwarded_at = -1e9
+        self._passed_on = False
+        self._deserted = False
+        self._record: dict[str, Any] | None = None
         self._heard: tuple[float, Any] = (time.monotonic(), None)
         self._looked_at = time.monotonic()
 
     def run(self) -> int:
-        """Start the rank, stay until it has ended, write its marker. Returns the exit code for the transport."""
+        """Start the rank, stay until it has ended, write its marker. Returns the exit code for the transport.
+
+        That is 0 whatever became of the rank: at another one mpirun would kill the other guards after a second and
+        torchrun after thirty, with their ranks in the midst of saving. Only the markers count.
+        """
         signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
         self._look()
         if not self._why_ended:  # the launcher may have given up while this host was starting
@@ -111,9 +119,8 @@ class Guard:
             while self._status is None:
                 self._turn()
             self._clear_group()
-        end = self._end()
-        self._attempt.write_end(self._place.rank, end)
-        return end.code
+        self._attempt.write_end(self._place.rank, self._end(), count=self._board.progress()[0], record=self._record)
+        return 0
 
     def _start(self) -> None:
         found = os.fstat(self._descriptor)
@@ -131,10 +138,11 @@ class Guard:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 pass_fds=[self._descriptor], preexec_fn=before,
             )  # fmt: skip
-        write_json(self._attempt.rank_path(self._place.rank, "json"), self._record(self._child.pid))
+        self._record = self._describe(self._child.pid)
+        write_json(self._attempt.rank_path(self._place.rank, "json"), self._record)
         self._beat()
 
-    def _record(self, pid: int) -> dict[str, Any]:
+    def _describe(self, pid: int) -> dict[str, Any]:
         def described(number: int) -> dict[str, int] | None:
             found = processes.process(number)
             return {"pid": found.pid, "start_ticks": found.start_ticks} if found is not None else None
@@ -143,14 +151,20 @@ class Guard:
         return {
             "rank": place.rank, "host": place.host, "node": socket.gethostname(), "local_rank": place.local_rank,
             **(described(pid) or {"pid": pid, "start_ticks": -1}), "pgid": pid,
-            "guard": described(os.getpid()), "parent": described(os.getppid()),
+            "guard": described(os.getpid()), "parent": self._transport(described),
         }  # fmt: skip
+
+    def _transport(self, described: Callable[[int], dict[str, int] | None]) -> dict[str, int] | None:
+        """The parent, if it is what started this guard; when that is gone, it is init or a service manager."""
+        number = os.getppid()
+        found = described(number)
+        return found if self._attempt.token in processes.command_line(number) else None
 
     # ------------------------------------------------------------ while it runs
 
     def _turn(self) -> None:
         """Wait for a signal, at most until the next beat; then beat, and hear the launcher."""
-        info = signal.sigtimedwait(_WATCHED, _TICK)
+        info = signal.sigtimedwait(_WATCHED, self._spec.beat_seconds)
         self._reap()
         if self._status is not None:
             return
@@ -188,6 +202,7 @@ class Guard:
                     "patient": patient,
                     "state": state,
                     "since": since,
+                    "record": self._record,
                 },
             )
         except OSError:
@@ -196,12 +211,14 @@ class Guard:
     def _look(self) -> None:
         """Obey the launcher; without one, as if it had asked to save and end."""
         now, order = time.monotonic(), read_json(self._attempt.beat_path)
-        held, self._looked_at = now - self._looked_at > _GAP, now  # this process was held, perhaps with its host
+        gap = max(_GAP, 3 * self._spec.beat_seconds)
+        held, self._looked_at = now - self._looked_at > gap, now  # this process was held, perhaps with its host
         if held or (order is not None and order["count"] != self._heard[1]):
             self._heard = now, order["count"] if order is not None else None
         stop = (order or {}).get("stop")
         if stop is None and now - self._heard[0] > self._spec.lost_seconds:
             stop = {"action": "save", "why": f"the launcher has given no sign for {self._spec.lost_seconds:g} s"}
+            self._deserted = self._asked_at is None or self._deserted
         if stop is None:
             return
         if stop["action"] == "quit" and self._child is not None:
@@ -222,9 +239,9 @@ class Guard:
             self._kill(f"{self._why_ended}; it did not end within {grace} of being asked to", dump=True)
 
     def _pass_on(self) -> None:
-        """Ask the rank to save and end. A second request would end it at once, so an echo is no second request."""
-        if self._child is not None and time.monotonic() - self._forwarded_at > 1.0:
-            self._forwarded_at = time.monotonic()
+        """Ask the rank to save and end, once: a second request would end it at once, and transports send their own."""
+        if self._child is not None and not self._passed_on:
+            self._passed_on = True
             self._send(signal.SIGTERM)
             self._send(signal.SIGCONT)
 
@@ -267,6 +284,8 @@ class Guard:
             if said and kind != "done":
                 return End(128 - status, kind, error, when, traceback, what)  # the signal came while it was ending
             return End(128 - status, "signal", f"killed by {name}", time.time(), traceback, what)
+        if kind == "interrupted" and self._deserted:
+            return End(status, "ended", f"{self._why_ended}; it has saved", when, traceback, what)
         if status == 0 and kind != "done":
             return End(1, "silent", "it exited with 0 without having finished", when, traceback, what)
         if status and kind in ("done", "exit") and not error:
@@ -284,7 +303,7 @@ def _signal_name(number: int) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """TOKEN -> the rank's exit code."""
+    """TOKEN -> 0 once the rank's marker is written."""
     attempt = Attempt.of_token(argv[0])
     try:
         spec = attempt.spec()
@@ -296,13 +315,14 @@ def main(argv: list[str]) -> int:
         )
         return 2
     place = find_place(spec, os.environ)
+    guard = Guard(attempt, spec, place)
     try:
-        return Guard(attempt, spec, place).run()
+        return guard.run()
     except OSError as error:
         said = f"{place.host}: the rank could not be started: {error}"
         print(f"engine-fast: {said}", file=sys.stderr)
         attempt.write_end(place.rank, End(2, "exit", said, time.time()))
-        return 2
+        return 0
 
 
 if __name__ == "__main__":

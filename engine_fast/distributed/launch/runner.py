@@ -11,14 +11,20 @@ import sys
 
 from engine_fast.distributed.launch.environment import EARLY
 
+_THEIR_OWN = ("UCX_TLS",)
+"""Set by DeepSpeed itself for mpirun."""
+
 
 def mend(launcher: str) -> None:
-    """Change, in this process, what DeepSpeed exports (EARLY alone, and its accelerator's few) and how."""
+    """Change, in this process, what DeepSpeed exports (EARLY alone) and how."""
     from deepspeed.launcher import multinode_runner, runner
 
     over_shell = launcher == "pdsh"
 
     def add_export(self: multinode_runner.MultiNodeRunner, key: str, var: str) -> None:
+        # It asks for all that only begins with one of these names, and pastes names as they are.
+        if key not in (*EARLY, *_THEIR_OWN):
+            return
         self.exports[key] = _for_pdsh(var) if over_shell else var
 
     multinode_runner.MultiNodeRunner.add_export = add_export

@@ -25,8 +25,12 @@ class Signals:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Count them in this block; afterwards they do again what they did before."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        """Count them in this block; afterwards they do again what they did before.
+
+        One that was ignored when this process started stays so: nohup means it.
+        """
+        wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self.note) for number in numbers}
         try:
             yield

@@ -15,11 +15,11 @@ from typing import Any
 from engine_fast.distributed.launch import processes
 from engine_fast.distributed.launch.attempt import Attempt, Spec, write_json
 from engine_fast.distributed.launch.commands import Command
-from engine_fast.distributed.launch.watch import Limits, Trouble, Watch, echo, first_failure
+from engine_fast.distributed.launch.watch import INTERRUPTED, Limits, Trouble, Watch, deserted, echo, first_failure
 
 MISTAKE = 2
 """Exit code of engine-fast when somebody has to change something."""
-_POLL, _RANKS_A_SECOND = 0.25, 500
+_POLL = 0.25
 _SETTLE = 1.5
 """Seconds in which the ranks that die of another's death may still be overtaken by its own marker."""
 _QUIT_SECONDS = 10.0
@@ -41,6 +41,7 @@ class Heart(threading.Thread):
         self._attempt, self._count, self._over = attempt, 0, threading.Event()
         self._lock = threading.Lock()
         self.stop: dict[str, Any] | None = None
+        self._closed: dict[str, Any] | None = None
 
     def run(self) -> None:
         while not self._over.wait(1.0):
@@ -56,17 +57,31 @@ class Heart(threading.Thread):
             pass  # for readers afterwards; the guards obey the beat
 
     def end(self) -> None:
-        """The last word stays in the file, so that a guard that starts late ends at once."""
-        self._over.set()
+        """The last word to the ranks; it stays in the file, so that a guard that starts late ends at once."""
         if self.stop is None:
             self.stop = {"action": "quit", "why": "the attempt is over"}
         self._tell()
+
+    def close(self, closed: Mapping[str, Any]) -> None:
+        """The attempt is over, and so is the launch, unless `closed` says that another one follows: see Attempt."""
+        self._closed = {**closed, "why": str(closed["why"])[:800]}
+        if not closed["restart"]:
+            self._over.set()
+        self._tell()
+
+    def withdraw(self, code: int, why: str) -> None:
+        """No attempt follows after all."""
+        self.close({**(self._closed or {}), "code": code, "restart": False, "why": why})
+
+    def rest(self) -> None:
+        """The next attempt has its own."""
+        self._over.set()
 
     def _tell(self) -> None:
         with self._lock:
             self._count += 1
             try:
-                self._attempt.order(self._count, self.stop)
+                self._attempt.order(self._count, self.stop, self._closed)
             except OSError:
                 pass  # the file system is away: the guards will end their ranks if it stays away
 
@@ -124,8 +139,12 @@ def supervise(
         _await_ends(watch, heart, spec, interrupts=interrupts, tail=tail, say=say)
         if trouble is not None:
             better = _refined(watch, trouble)
-            trouble = _missing(watch, trouble if interrupted and better.kind != "interrupted" else better)
-            interrupted = interrupted and trouble.kind != "lost"
+            alone = better.rank is not None and (end := watch.ranks[better.rank].end) is not None and deserted(end)
+            keep = interrupted and better.kind != "interrupted" and not alone
+            trouble = _missing(watch, trouble if keep else better)
+            interrupted = interrupted and trouble.kind != "lost" and not alone
+        if interrupted and (unsaved := _unsaved(watch)) is not None:
+            trouble, interrupted = unsaved, False
     finally:
         heart.end()
         left = {spec.place(rank)[0].name for rank in watch.unended()}
@@ -163,14 +182,13 @@ def _run(
         trouble = watch.trouble(now) or watch.unreached(read_log(log_path)) or other(watch)
         if trouble is None and (code := peek(child)) is not None:
             ended_at = ended_at or now
-            if now - ended_at > _SETTLE:
-                trouble = transport_ended(watch, code, host)
+            trouble = transport_ended(watch, code, host, ended_at)
         if trouble is not None and trouble.kind == "interrupted":
             # Somebody signalled a rank: its peers are saving with it, and so should those that are not.
             heart.publish({"action": "save", "why": f"rank {trouble.rank} was asked to stop"})
             return trouble, True
         if trouble is not None:
-            if trouble.kind in ("exception", "signal", "ended"):
+            if trouble.kind in ("exception", "signal", "ended") and trouble.action == "quit":
                 _settle(watch)
                 trouble = _refined(watch, trouble)
             why = trouble.why
@@ -183,8 +201,9 @@ def _run(
 
 
 def _pause(watch: Watch) -> None:
-    """Less often for more ranks: each look opens two files a rank."""
-    time.sleep(max(_POLL, watch.spec.world_size / _RANKS_A_SECOND))
+    """Less often where ranks beat less often: each look opens a file a rank."""
+    beat = watch.spec.beat_seconds
+    time.sleep(_POLL if beat == 1 else beat / 2)
 
 
 def _settle(watch: Watch) -> None:
@@ -203,6 +222,24 @@ def _refined(watch: Watch, trouble: Trouble) -> Trouble:
         return trouble
     rank = first_failure(failed)
     return replace(trouble, rank=rank, kind=failed[rank].kind, why=failed[rank].error)
+
+
+def _unsaved(watch: Watch) -> Trouble | None:
+    """After an interrupt: a rank that failed by itself, most likely while it saved."""
+    ends = {rank: seen.end for rank, seen in watch.ranks.items() if seen.end is not None}
+    by_launcher = {rank for rank, end in ends.items() if end.kind in ("ended", "stopped")}
+    failed = {
+        rank: end for rank, end in ends.items()
+        if end.code not in (0, INTERRUPTED) and rank not in by_launcher
+        and not (end.kind == "signal" and "SIGTERM" in end.error)  # it was asked before it could save, or had to
+    }  # fmt: skip
+    if not failed:
+        return None
+    rank = first_failure(failed)
+    left = by_launcher or any(end.code == INTERRUPTED for end in ends.values())
+    if echo(failed[rank]) and left:
+        return None  # it missed a peer that had ended as it was asked to
+    return Trouble(rank, failed[rank].kind, failed[rank].error)
 
 
 def _missing(watch: Watch, trouble: Trouble) -> Trouble:
@@ -224,14 +261,21 @@ def start_transport(command: Command, log_path: Path) -> subprocess.Popen[bytes]
         )  # fmt: skip
 
 
-def transport_ended(watch: Watch, code: int, host: str) -> Trouble | None:
-    """The transport is gone, and some rank of the host has no marker. Its own exit code is told, not trusted."""
+def transport_ended(watch: Watch, code: int, host: str, ended_at: float) -> Trouble | None:
+    """The transport is gone, and some rank of the host has no marker. Its own exit code is told, not trusted.
+
+    A rank whose guard shows itself after that has lost its transport. One that is silent may have ended well, with the
+    news still on its way through a file system; if not, it counts as lost like any other that gives no sign.
+    """
+    settle = max(_SETTLE, 1.5 * watch.spec.beat_seconds)
+    if time.monotonic() - ended_at <= settle:
+        return None
     how = f"by signal {-code}" if code < 0 else f"with code {code}"
     unended = [rank for rank in watch.unended() if host in ("", watch.spec.place(rank)[0].name)]
     missing = [rank for rank in unended if watch.ranks[rank].record is None]
     if missing:
         return Trouble(missing[0], "never started", f"what starts the ranks ended {how} before this one was there")
-    if unended:
+    if any(watch.ranks[rank].alive_at > ended_at + settle for rank in unended):
         return Trouble(None, "transport", f"what starts the ranks ended {how} before they did", action="save")
     return None
 
@@ -252,7 +296,8 @@ def _await_ends(watch: Watch, heart: Heart, spec: Spec, *, interrupts: Interrupt
             say("stopping at once")
             heart.publish({"action": "quit", "why": "the launcher was asked twice to stop"})
             quits_at = now
-        silent = all(now - watch.ranks[rank].alive_at > 5.0 for rank in watch.unended())
+        patience = max(5.0, 3 * spec.beat_seconds)
+        silent = all(now - watch.ranks[rank].alive_at > patience for rank in watch.unended())
         limit = quits_at + _QUIT_SECONDS if quits_at is not None else began + spec.grace_seconds + _QUIT_SECONDS
         if now > limit or (quits_at is not None and silent):
             return

@@ -9,6 +9,8 @@ from typing import Any
 
 from engine_fast.distributed.launch.attempt import ASKED, Attempt, End, Spec, read_json
 
+INTERRUPTED = 130
+"""Exit code of a rank that was asked to save and did."""
 _GAP_SECONDS = 5.0
 _PEERS = re.compile(
     r"(?i)connection (was )?(closed|reset|refused|aborted)|broken pipe|DistBackendError|DistNetworkError|DistStoreError"
@@ -89,27 +91,34 @@ class Watch:
     def look(self, now: float) -> None:
         """Read what has changed."""
         gap = now - self.looked_at
-        if gap > _GAP_SECONDS:
+        if gap > max(_GAP_SECONDS, 3 * self.spec.beat_seconds):
             self._forgive(gap)
         self.looked_at = now
+        names = self.attempt.names()
         for rank, seen in self.ranks.items():
             if seen.end is not None:
                 continue
+            beat = read_json(self.attempt.rank_path(rank, "beat")) or {}
             if seen.record is None:
-                seen.record = read_json(self.attempt.rank_path(rank, "json"))
+                path = self.attempt.rank_path(rank, "json")
+                seen.record = beat.get("record") or (read_json(path) if path.name in names else None)
                 if seen.record is not None:
                     seen.progress_at = seen.alive_at = now
-            beat = read_json(self.attempt.rank_path(rank, "beat"))
             if beat:
                 self._note(seen, beat, now)
-            seen.end = self.attempt.read_end(rank, beat or {})
+            listed = self.attempt.rank_path(rank, "end.json").name in names
+            seen.end = self.attempt.read_end(rank, beat, listed=listed)
 
     def trouble(self, now: float) -> Trouble | None:
         """The failure to act on, if there is one."""
         failed = {rank: seen.end for rank, seen in self.ranks.items() if seen.end is not None and seen.end.code}
         if failed:
             rank = first_failure(failed)
-            return Trouble(rank, failed[rank].kind, failed[rank].error)
+            if echo(failed[rank]) == 1 and (stuck := self._stood_before(rank, now)) is not None:
+                return stuck
+            # Ranks that missed the launcher save by themselves: those that still do are left to it.
+            action = "save" if deserted(failed[rank]) else "quit"
+            return Trouble(rank, failed[rank].kind, failed[rank].error, action=action)
         for rank, seen in self.ranks.items():
             found = self._silence(rank, seen, now) if seen.end is None else None
             if found is not None:
@@ -119,10 +128,17 @@ class Watch:
     def unreached(self, transport_log: str) -> Trouble | None:
         """pdsh says at once that a host's ssh failed, and waits for the other hosts for ever."""
         for host, code in _PDSH.findall(transport_log):
-            for rank in self.spec.ranks_of(host):
+            for rank in self._ranks_of(host):
                 if self.ranks[rank].record is None and self.ranks[rank].end is None:
                     return Trouble(rank, "never started", f"what starts ranks on {host} ended with code {code}")
         return None
+
+    def _ranks_of(self, host: str) -> list[int]:
+        """pdsh leaves out the domain where all hosts share one."""
+        if exact := self.spec.ranks_of(host):
+            return exact
+        names = [known.name for known in self.spec.hosts if known.name.partition(".")[0] == host]
+        return [rank for name in names for rank in self.spec.ranks_of(name)]
 
     @property
     def all_done(self) -> bool:
@@ -144,7 +160,7 @@ class Watch:
 
     def _note(self, seen: Seen, beat: Mapping[str, Any], now: float) -> None:
         if "alive" not in beat:
-            return  # the end of a rank whose disk was full
+            return  # the rank's end
         if beat["count"] != seen.count:
             seen.count, seen.progress_at = beat["count"], now
         if beat["alive"] != seen.alive:
@@ -187,6 +203,20 @@ class Watch:
         why = f"no progress for {now - busy[rank].progress_at:.0f} s at: {busy[rank].what}"
         return Trouble(rank, "hung", why, dump=True)
 
+    def _stood_before(self, rank: int, now: float) -> Trouble | None:
+        """The rank that a peer, tired of waiting for it, may have failed for."""
+        limit = self.limits.hang / 2
+        standing = {
+            other: seen for other, seen in self.ranks.items()
+            if seen.end is None and not seen.patient and 0 < seen.since < self.ranks[rank].since
+            and now - seen.progress_at > limit
+        }  # fmt: skip
+        if not standing:
+            return None
+        other = min(standing, key=lambda other: standing[other].since)
+        why = f"no progress for {now - standing[other].progress_at:.0f} s at: {standing[other].what}"
+        return Trouble(other, "hung", f"{why} (rank {rank} waited for it no longer)", dump=True)
+
 
 def first_failure(failed: Mapping[int, End]) -> int:
     """The rank that failed by itself, and the earliest of these; the others often die of its absence."""
@@ -195,10 +225,19 @@ def first_failure(failed: Mapping[int, End]) -> int:
 
 def echo(end: End) -> int:
     """How likely a rank ended so because of another one, from 0."""
+    if deserted(end):
+        return 2
     if end.kind == "ended":
         return 4
     if end.kind == "interrupted":
         return 3 if end.error.startswith(ASKED) or "another rank" in end.error else 2
     if end.kind == "signal" and "SIGTERM" in end.error:
         return 2
+    if end.kind == "signal" and "SIGABRT" in end.error:
+        return 1  # so NCCL's watchdog ends a rank that waited too long
     return int(end.kind == "exception" and _PEERS.search(end.error) is not None)
+
+
+def deserted(end: End) -> bool:
+    """Whether it saved and ended because its launcher gave no sign, and not because somebody wanted it to."""
+    return end.kind == "ended" and end.code == INTERRUPTED

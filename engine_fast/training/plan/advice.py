@@ -50,8 +50,6 @@ def changes(run: RunConfig, stage: Stage) -> Iterator[Change]:
     """What is worth a try, the cheaper in time and quality first."""
     settings = getattr(run, stage)
     now = settings.effective_zero_stage
-    if settings.effective_zero_stage:
-        yield (("deepspeed.zero_optimization.reduce_bucket_size", 50_000_000),)
     if stage == "engine":
         yield (("engine.teacher_precision", "bf16"),)
         yield (("engine.head_memory", "recompute"),)
@@ -59,8 +57,7 @@ def changes(run: RunConfig, stage: Stage) -> Iterator[Change]:
     yield ((f"{stage}.activation_checkpointing", True),)
     yield ((f"{stage}.precision", "bf16"), *(((f"{stage}.zero_stage", 1),) if settings.zero_stage == 0 else ()))
     for zero_stage in range(now + 1, 4):
-        bucket = ("deepspeed.zero_optimization.reduce_bucket_size", 50_000_000)
-        yield ((f"{stage}.zero_stage", zero_stage), bucket)
+        yield ((f"{stage}.zero_stage", zero_stage),)
     batch = settings.batch
     name = "micro_batches" if batch.micro_batches else "accumulate"
     tokens, count = batch.max_tokens, batch.micro_batches or batch.accumulate

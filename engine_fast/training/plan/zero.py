@@ -26,7 +26,6 @@ from engine_fast.training.plan.sizes import Sizes
 from engine_fast.training.plan.tape import BYTES
 
 DEFAULTS = {
-    "reduce_bucket_size": 500_000_000,
     "stage3_max_live_parameters": 1_000_000_000,
     "stage3_param_persistence_threshold": 100_000,
     "stage3_prefetch_bucket_size": 50_000_000,
@@ -170,6 +169,8 @@ class Zero:
         half = 4 * own if g < 4 else 0
         norm = _NORM_BYTES * min(self.sizes.largest, own)
         offload = self.config.offload.optimizer
+        # The owned weights go to all at the end, when the gradients have gone.
+        spread = w * p * (self._copies - 1) * (self.ranks > 1)
         if self.stage == 0:
             return Counter(gradients=4 * p, workspace=4 * min(p, _ALLREDUCE_VALUES) * (self.ranks > 1))
         if self.sums_in_float32:
@@ -180,11 +181,12 @@ class Zero:
             most = self.bucket + max(0, (0 if offload else g * own) + self._reducing() - g * through)
             if not offload:
                 most = max(most, g * (2 * own - p) + max(norm, half))
-            return Counter(gradients=g * p, workspace=most)
+            return Counter(gradients=g * p, workspace=max(most, spread - g * p))
+        if self.stage == 2:
+            kept = 0 if offload else w * own
+            return Counter(gradients=kept, workspace=max(0 if offload else max(w * own + half, norm), spread - kept))
         if offload:
             return Counter[str]()
-        if self.stage == 2:
-            return Counter(gradients=w * own, workspace=max(w * own + half, norm))
         return Counter(workspace=max(g * own + half, norm, self.persistent() * self._copies))
 
     @property
