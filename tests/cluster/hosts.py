@@ -52,9 +52,11 @@ class Host:
 
     def finishes(self, launch: Launch) -> None:
         """It must end with code 0, leave nothing running, and have the weights of the uninterrupted run."""
-        self.result.code = launch.wait()
-        if self.result.code:
-            self.problem(f"ended with {self.result.code}:\n{launch.said()[-3000:]}")
+        code = launch.wait()
+        if self.result.code is None:  # otherwise that of the start that was struck
+            self.result.code = code
+        if code:
+            self.problem(f"ended with {code}:\n{launch.said()[-3000:]}")
             return
         self.result.problems += launches.all_gone(self.cluster)
         if launches.weights(self.out) != launches.weights(self.made.whole):
@@ -110,7 +112,7 @@ def ends_when_a_node_fails_before_rendezvous(case: Host) -> None:
     case.made.copy("half", case.out)
     case.b.hide_python()
     with case.launch("--no-preflight") as launch:
-        case.fails(launch, case.b.name)
+        case.fails(launch, rf"rank 1 on {case.b.name} was the first \(never started\)")
     case.b.show_python()
     case.continues()
 
@@ -136,7 +138,7 @@ def ends_when_a_node_dies(case: Host) -> None:
         launch.reached()
         case.cluster.cut(case.b)
         case.b.power_off()
-        case.fails(launch, case.b.name)
+        case.fails(launch, rf"rank 1 on {case.b.name} was the first \(lost\)")
     case.cluster.power_on(case.b)
     case.continues()
 
@@ -148,7 +150,8 @@ def ends_when_the_network_is_cut(case: Host) -> None:
         launch.reached()
         case.cluster.cut(case.b)
         launch.release()
-        case.fails(launch, case.b.name)
+        # The run directory is shared still, so both nodes look alive; each waits for the other.
+        case.fails(launch, r"rank \d on engine-[ab] was the first \((hung|exception)\)", case.b.name)
     case.cluster.heal(case.b)
     case.continues()
 
