@@ -20,6 +20,7 @@ from pathlib import Path
 INIT = Path(__file__).with_name("init.py")
 TOOLS = ("ip", "mount", "unshare", "nsenter", "setpriv", "ssh", "ssh-keygen", "sshd", "pdsh")
 NETWORK = "10.77.0"
+_SSHD_PID = Path("/run/sshd.pid")
 _SBIN = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -161,13 +162,17 @@ class Node:
         self.run("umount", Path(sys.prefix, "bin"))
 
     def stop_sshd(self) -> None:
-        listeners = self.run("sh", "-c", "cat /run/sshd.pid").stdout.split()
-        self.run("kill", *listeners)
+        self.run("kill", self.path(_SSHD_PID).read_text().strip())
+        self._wait_for_sshd(False)
 
     def start_sshd(self) -> None:
         self.run(shutil.which("sshd", path=_SBIN) or "sshd", "-E", "/run/sshd.log")
-        limit = time.monotonic() + 10
-        while not self.path(Path("/run/sshd.pid")).exists():
+        self._wait_for_sshd(True)
+
+    def _wait_for_sshd(self, there: bool) -> None:
+        """It writes its PID once it listens, and removes it as the last thing."""
+        limit = time.monotonic() + 20
+        while self.path(_SSHD_PID).exists() != there:
             if time.monotonic() > limit:
                 raise RuntimeError(f"sshd of {self.name}: {self.run('cat', '/run/sshd.log').stdout}")
             time.sleep(0.02)

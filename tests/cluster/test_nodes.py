@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.launches import all_gone
 from tests.cluster.nodes import obstacle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +23,7 @@ def test_a_node_answers_to_name_and_address_and_has_its_own_processes(cluster):
             assert int(said[2]) < 15  # init, sshd and this shell: nothing of the machine around
     said = cluster.head.run("env", "PDSH_RCMD_TYPE=ssh", "pdsh", "-w", "engine-a,engine-b", "hostname").stdout
     assert sorted(said.split("\n")) == ["", "engine-a: engine-a", "engine-b: engine-b"]
-    assert cluster.processes() == {}
+    assert all_gone(cluster) == []
 
 
 def test_an_unknown_host_key_is_refused(cluster):
@@ -38,8 +39,8 @@ def test_an_unknown_host_key_is_refused(cluster):
 
 
 def test_faults_of_a_node_come_and_go(cluster):
-    def reach(node):
-        return cluster.head.run("ssh", "-o", "ConnectTimeout=1", node.name, sys.executable, "-V", check=False)
+    def reach(node, seconds=20):
+        return cluster.head.run("ssh", "-o", f"ConnectTimeout={seconds}", node.name, sys.executable, "-V", check=False)
 
     a, b = cluster.nodes
     a.hide_python()
@@ -50,7 +51,7 @@ def test_faults_of_a_node_come_and_go(cluster):
     assert "refused" in reach(a).stderr
     a.start_sshd()
     cluster.cut(a)
-    assert "timed out" in reach(a).stderr
+    assert "timed out" in reach(a, seconds=1).stderr
     assert reach(b).returncode == 0
     cluster.heal(a)
     assert reach(a).returncode == 0
