@@ -26,6 +26,7 @@ from engine_fast.training import train_cmlm, train_engine, train_teacher
 _WITHOUT_EFFECT = {"log_every", *ROUNDING_ONLY}
 """Training settings that change no result but for rounding: a stage goes on, or stands, when they change."""
 _QUANTIZED = "zero_quantized"
+"""How the keys of ZeRO++ begin that send fewer bits."""
 _DEEPSPEED_WITHOUT_EFFECT = {"comms_logger", "flops_profiler", "memory_breakdown", "timers", "wall_clock_breakdown"}
 
 

@@ -66,6 +66,11 @@ def weights_of(directory: Path) -> bytes:
     return (directory / "model" / "model.safetensors").read_bytes()
 
 
+def checkpoints(directory: Path) -> list[str]:
+    """Names of what stands under checkpoints/."""
+    return sorted(path.name for path in (directory / "checkpoints").iterdir())
+
+
 def lines_of(directory: Path, kind: str) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
     clock = {"seconds", "tokens_per_second"}
