@@ -2,7 +2,14 @@
 
 from engine_fast.config.data import DataConfig, FilterConfig, SyntheticConfig, TextPair, VocabularyConfig
 from engine_fast.config.load import dump_config, load_config, parse_config
-from engine_fast.config.model import Architecture
+from engine_fast.config.model import (
+    AnyArchitecture,
+    Architecture,
+    LSTMArchitecture,
+    StudentArchitecture,
+    TaggerArchitecture,
+    TeacherArchitecture,
+)
 from engine_fast.config.run import DistillConfig, EvaluateConfig, RunConfig, RuntimeConfig
 from engine_fast.config.training import (
     ROUNDING_ONLY,
@@ -10,14 +17,18 @@ from engine_fast.config.training import (
     CMLMConfig,
     EarlyStopConfig,
     EngineConfig,
+    EnsembleMember,
     OffloadConfig,
     OptimConfig,
+    PretrainedConfig,
     TeacherConfig,
+    TemperatureSchedule,
     TrainConfig,
 )
 
 __all__ = [
     "ROUNDING_ONLY",
+    "AnyArchitecture",
     "Architecture",
     "BatchConfig",
     "CMLMConfig",
@@ -25,14 +36,21 @@ __all__ = [
     "DistillConfig",
     "EarlyStopConfig",
     "EngineConfig",
+    "EnsembleMember",
     "EvaluateConfig",
     "FilterConfig",
+    "LSTMArchitecture",
     "OffloadConfig",
     "OptimConfig",
+    "PretrainedConfig",
     "RunConfig",
     "RuntimeConfig",
+    "StudentArchitecture",
     "SyntheticConfig",
+    "TaggerArchitecture",
+    "TeacherArchitecture",
     "TeacherConfig",
+    "TemperatureSchedule",
     "TextPair",
     "TrainConfig",
     "VocabularyConfig",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -97,28 +98,47 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(origin: str, item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
+    location, section = _located(item["loc"])
     key = ".".join(location) or "the file"
     if item["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
+        known = list(section.model_fields)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else f" Known here: {', '.join(known)}."
         return f"{origin}: {key} is not a known key.{hint}"
     if item["type"] == "missing":
         return f"{origin}: {key} is missing, and has no default."
+    if item["type"] == "union_tag_invalid":
+        tag, expected = item["ctx"]["tag"], item["ctx"]["expected_tags"].replace("'", "")
+        return f"{origin}: {key}.kind = {tag!r}, expected: one of {expected}."
     message = item["msg"].removeprefix("Value error, ")
     if isinstance(item["input"], dict):
         return f"{origin}: {key}: {message}."
     return f"{origin}: {key} = {item['input']!r}, expected: {message}."
 
 
-def _fields_at(location: list[str]) -> list[str]:
+def _located(parts: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
+    """The key as a user wrote it, and the section that its last part stands in.
+
+    pydantic names the kind of an architecture in the path, which no user writes.
+    """
+    location: list[str] = []
     section: type[BaseModel] = RunConfig
-    for part in location:
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        candidates = [annotation, *get_args(annotation)]
-        found = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
-        if not found:
-            return []
-        section = found[0]
-    return list(section.model_fields)
+    candidates: list[type[BaseModel]] = []
+    for part in map(str, parts):
+        chosen = [c for c in candidates if "kind" in c.model_fields and c.model_fields["kind"].default == part]
+        if chosen:
+            section, candidates = chosen[0], []
+            continue
+        if candidates:
+            section, candidates = candidates[0], []
+        location.append(part)
+        field = section.model_fields.get(part)
+        candidates = [] if field is None else _sections_in(field.annotation)
+    return location, section
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections_in(argument)]

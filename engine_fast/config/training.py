@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from engine_fast.config.base import Section
-from engine_fast.config.model import Architecture
+from engine_fast.config.model import AnyArchitecture, Architecture, StudentArchitecture, TeacherArchitecture
 
 ROUNDING_ONLY = frozenset(
     {
@@ -113,8 +113,10 @@ class EarlyStopConfig(Section):
 class TrainConfig(Section):
     """Shared by the three trained stages."""
 
-    architecture: Architecture = Architecture()
+    architecture: AnyArchitecture = Architecture()
     """The model."""
+    seed: NonNegativeInt | None = None
+    """Of this stage alone; default: the run's."""
     max_updates: PositiveInt = 100_000
     """Optimiser steps at most."""
     max_epochs: PositiveInt | None = None
@@ -180,9 +182,30 @@ class TrainConfig(Section):
         return (0 if self.precision == "fp32" else 1) if self.zero_stage is None else self.zero_stage
 
 
+class PretrainedConfig(Section):
+    """A teacher that exists already."""
+
+    path: str
+    """A model directory (ours, or one of Hugging Face), or a name on the Hugging Face hub."""
+    revision: str | None = None
+    """Of a model on the hub."""
+    source_language: str | None = None
+    """The tokenizer's own code, where one model knows many languages (mBART: de_DE, NLLB: deu_Latn)."""
+    target_language: str | None = None
+    """Likewise."""
+    prompt: str = ""
+    """Text in front of every source (T5: "translate English to German: ")."""
+
+
 class TeacherConfig(TrainConfig):
     """The autoregressive teacher: label-smoothed cross-entropy on the references."""
 
+    architecture: TeacherArchitecture = Architecture()
+    """The model."""
+    pretrained: PretrainedConfig | None = None
+    """Take this one instead of training."""
+    right_to_left: bool = False
+    """Read and write targets from the last word to the first."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Weight of the uniform distribution in the target."""
 
@@ -190,7 +213,7 @@ class TeacherConfig(TrainConfig):
 class CMLMConfig(TrainConfig):
     """The conditional masked language model baseline (Ghazvininejad et al. 2019)."""
 
-    architecture: Architecture = Architecture(
+    architecture: StudentArchitecture = Architecture(
         norm_epsilon=1e-12, positions="learned", activation="gelu", scale_embedding=False, init="normal"
     )
     """The model; its defaults are the CMLM's."""
@@ -204,9 +227,31 @@ class CMLMConfig(TrainConfig):
     """Targets: the teacher's beam output, or the corpus's own."""
 
 
+class EnsembleMember(Section):
+    """One more teacher beside the run's."""
+
+    path: str
+    """A model directory, or the stage directory around one; its vocabularies must be the run's."""
+    weight: PositiveFloat = 1.0
+    """Factor of its energy; the run's own teacher has 1."""
+
+
+class TemperatureSchedule(Section):
+    """O1's temperature over the updates of the stage, from soft to hard."""
+
+    start: PositiveFloat = 1.0
+    """At the first update."""
+    end: PositiveFloat = 0.1
+    """At the last one."""
+    shape: Literal["linear", "exponential"] = "exponential"
+    """exponential: by a constant factor from update to update."""
+
+
 class EngineConfig(TrainConfig):
     """ENGINE: the student minimises the frozen teacher's energy (paper, eq. 1). The architecture is the CMLM's."""
 
+    architecture: StudentArchitecture = Architecture()
+    """The model: the CMLM's, but for its dropout."""
     o1: OperatorName = "SX"
     """Operator that feeds the teacher's decoder."""
     o2: OperatorName = "ST"
@@ -221,6 +266,14 @@ class EngineConfig(TrainConfig):
     """alpha: factor of the label-smoothed cross-entropy on the targets."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Smoothing of that cross-entropy."""
+    ensemble: list[EnsembleMember] = []
+    """Further teachers: the energy is the weighted sum of all of them."""
+    o1_temperature: TemperatureSchedule | None = None
+    """O1's temperature as a schedule; o2 keeps `temperature`."""
+    predicted_lengths: bool = False
+    """Train on the lengths that the student predicts, not on those of the data."""
+    repetition_weight: NonNegativeFloat = 0.0
+    """Factor of the expected number of tokens equal to the token before, summed over the batch."""
     data: Literal["distilled", "references"] = "distilled"
     """Where target lengths (and the alpha term's targets) come from."""
     head_memory: Literal["keep", "recompute"] = "keep"

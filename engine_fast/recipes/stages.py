@@ -141,7 +141,8 @@ def _numeric(deepspeed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(section: Any, without: set[str] | None = None) -> dict[str, Any]:
-    return dict(section.model_dump(mode="json", exclude=without))
+    """Without what is None, so that a setting which a later version adds, and nobody has set, changes no key."""
+    return dict(section.model_dump(mode="json", exclude=without, exclude_none=True))
 
 
 def _text_files(config: DataConfig) -> dict[str, str]:
