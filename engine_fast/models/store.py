@@ -21,18 +21,27 @@ from engine_fast.config import AnyArchitecture, Architecture
 from engine_fast.data.vocabulary import Vocabulary, load_vocabulary, save_pair
 from engine_fast.errors import CheckpointError, DataError, VocabularyError
 from engine_fast.models.cmlm import CMLM
+from engine_fast.models.huggingface.network import HuggingFaceArchitecture, HuggingFaceTeacher
 from engine_fast.models.protocols import Network, Student, Teacher
 from engine_fast.models.transformer import Transformer
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
-KINDS: dict[str, type[Teacher] | type[Student]] = {"transformer": Transformer, "cmlm": CMLM}
+KINDS: dict[str, type[Teacher] | type[Student]] = {
+    "transformer": Transformer,
+    "cmlm": CMLM,
+    "huggingface": HuggingFaceTeacher,
+}
 """Networks by the name that a model directory has for them."""
 _BY_ARCHITECTURE: dict[tuple[str, str], type[Teacher] | type[Student]] = {
     ("teacher", "transformer"): Transformer,
     ("student", "transformer"): CMLM,
 }
-_ARCHITECTURES: dict[str, type[AnyArchitecture]] = {"transformer": Architecture, "cmlm": Architecture}
+_ARCHITECTURES: dict[str, type[AnyArchitecture] | type[HuggingFaceArchitecture]] = {
+    "transformer": Architecture,
+    "cmlm": Architecture,
+    "huggingface": HuggingFaceArchitecture,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +164,7 @@ def new_network(
     return _BY_ARCHITECTURE[role, architecture.kind](architecture, source_size, target_size)
 
 
-def read_architecture(kind: str, tree: Any) -> AnyArchitecture:
+def read_architecture(kind: str, tree: Any) -> Any:
     """The architecture of a model of that kind. Raises pydantic's ValidationError."""
     return _ARCHITECTURES[kind].model_validate(tree)
 

@@ -43,7 +43,7 @@ def check_interface(network: Any, origin: str) -> None:
 
 def lacking(origin: str, network: str, what: str) -> str:
     """The one wording of a part that is not there."""
-    return f"{origin}: {network} has no {what}, which a teacher needs. Give an encoder-decoder, for example a Marian model."
+    return f"{origin}: {network} has no {what}, which a teacher needs. Give an encoder-decoder, such as a Marian model."
 
 
 def reference_logits(network: Any, source_BS: Tensor, inputs_BT: Tensor, mask_BS: Tensor) -> Tensor:
@@ -73,8 +73,8 @@ def find_scales(network: Any, source_BS: Tensor, inputs_BT: Tensor) -> tuple[flo
                 break
         else:
             raise CheckpointError(
-                f"{type(decoder).__name__}: forward(inputs_embeds=) of a table's rows differs from forward(input_ids=), "
-                "at every scale that is tried (1, sqrt(width)). It cannot read relaxed words."
+                f"{type(decoder).__name__}: forward(inputs_embeds=) of a table's rows differs from "
+                "forward(input_ids=) at every scale that is tried (1, sqrt(width)). It cannot read relaxed words."
             )
         final = getattr(network, "final_logits_bias", 0.0)
         for hidden_scale in (1.0, hidden.shape[-1] ** -0.5):
@@ -120,8 +120,8 @@ def check_contract(
     loss = _own_loss(teacher, source_BS, inputs_BT, target_BT)
     if not abs(float(energy - loss)) <= _LOSS_TOLERANCE:
         raise CheckpointError(
-            f"{origin}: the energy of one-hot words is {float(energy):.8f} nats a token, its own loss {float(loss):.8f}; "
-            "expected the same. It does something between inputs and loss that is unknown here."
+            f"{origin}: the energy of one-hot words is {float(energy):.8f} nats a token, its own loss "
+            f"{float(loss):.8f}; expected the same. It does something between inputs and loss that is unknown here."
         )
 
     weight = torch.linspace(-1, 1, logits[real_BT].numel(), dtype=logits.dtype).view_as(logits[real_BT])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine_fast.data.pieces import PieceVocabulary
 from engine_fast.data.symbols import PAD
-from engine_fast.errors import CheckpointError, EngineFastError, VocabularyError
+from engine_fast.errors import CheckpointError, EngineFastError
 from engine_fast.models.huggingface import contract, tokens
 from engine_fast.models.huggingface.network import HuggingFaceArchitecture, HuggingFaceTeacher, require_transformers
 from engine_fast.models.huggingface.renumber import LACKING, renumber
@@ -60,7 +60,8 @@ def import_huggingface(origin: Origin, out: Path) -> HuggingFaceArchitecture:
     teacher, source, target = load_huggingface(origin)
     card = {"imported_from": origin.path, "format": "huggingface", "revision": origin.revision}
     save_model(out, teacher, source, target, card=card)
-    return teacher.architecture
+    architecture: HuggingFaceArchitecture = teacher.architecture
+    return architecture
 
 
 def read_vocabularies(origin: Origin) -> tuple[PieceVocabulary, PieceVocabulary]:
@@ -94,7 +95,7 @@ def load_huggingface(origin: Origin) -> tuple[HuggingFaceTeacher, PieceVocabular
     longest = _positions(config, tokenizer) - max(len(source_prefix) + len(source_suffix) - 1, len(prompt) - 1)
 
     network.double().requires_grad_(False).eval()
-    words = [[number for number in _words(side)] for side in (source, target)]
+    words = [list(_words(side)) for side in (source, target)]
     source_BS, target_BT = (contract.probe_ids(side, longest=min(9, longest - 1)) for side in words)
     plain = HuggingFaceArchitecture(
         network={}, generation={}, source_prefix=source_prefix, source_suffix=source_suffix,
@@ -126,7 +127,9 @@ def _config(transformers: Any, origin: Origin) -> Any:
         kind = getattr(transformers, names[0], None) if names else None
         writes = kind is not None and kind.can_generate()
         raise CheckpointError(
-            contract.lacking(origin.path, names[0] if names else config.model_type, "get_encoder()" if writes else "generate()")
+            contract.lacking(
+                origin.path, names[0] if names else config.model_type, "get_encoder()" if writes else "generate()"
+            )
         )
     return config
 
@@ -156,8 +159,10 @@ def _sides(tokenizer: Any, origin: Origin, sizes: tuple[int, int]) -> tuple[toke
     return tokens.read_sides(tokenizer, models, sizes, origin.path)
 
 
-def _decoder_prompt(network: Any, target: tokens.Side, before: list[int], after: list[int], origin: Origin) -> list[int]:
-    """What the decoder reads before the first word, in our ids: the start symbol, and a language code where one follows.
+def _decoder_prompt(
+    network: Any, target: tokens.Side, before: list[int], after: list[int], origin: Origin
+) -> list[int]:
+    """What the decoder reads before the first word, in our ids: the start symbol, and a language code if any.
 
     mBART's first form writes its labels as `words EOS code` and starts with the code itself.
     """

@@ -6,7 +6,6 @@ B sentences, S source positions, T target positions, V vocabulary, E embedding w
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from engine_fast.config.base import Section
 from engine_fast.data.symbols import EOS, PAD
 from engine_fast.errors import CheckpointError, DataError
+from engine_fast.models.protocols import Teacher, Through
 from engine_fast.models.stacks import Memory
 
-Generated = list[tuple[list[int], float]]
-"""The hypotheses of a sentence, best first: ids that end in EOS, and the sum of their log-probabilities."""
+Generated = list[tuple[list[int], float, float]]
+"""The hypotheses of a sentence, best first: ids that end in EOS, score, log-probability in nats."""
 
 
 class HuggingFaceArchitecture(Section):
@@ -55,7 +55,9 @@ class HuggingFaceArchitecture(Section):
 def require_transformers() -> Any:
     """The package. Raises CheckpointError that says how to get it."""
     try:
-        return importlib.import_module("transformers")
+        import transformers
+
+        return transformers
     except ImportError as error:
         raise CheckpointError(
             f"a Hugging Face model needs transformers, which cannot be imported ({error}). "
@@ -63,14 +65,13 @@ def require_transformers() -> Any:
         ) from error
 
 
-class HuggingFaceTeacher(nn.Module):
+class HuggingFaceTeacher(Teacher):
     """Any encoder-decoder that passes engine_fast.models.huggingface.contract.
 
     Sources and targets are ids that end in EOS, right padded with PAD; prefixes, codes and scales are added in here.
     """
 
     kind = "huggingface"
-    right_to_left = False
 
     def __init__(
         self, architecture: HuggingFaceArchitecture, source_size: int, target_size: int, network: Any = None
@@ -78,13 +79,15 @@ class HuggingFaceTeacher(nn.Module):
         """network: one that is loaded and renumbered; None builds it from the architecture, with random weights."""
         super().__init__()
         self.architecture, self.source_size, self.target_size = architecture, source_size, target_size
-        self.start, self.max_positions = architecture.start, architecture.max_positions
+        self.start = architecture.start
         self.network = _build(architecture) if network is None else network
         self.decoder = self.network.get_decoder()
         # The same parameters once more, as modules of their own: under ZeRO-3 they are whole only inside of a forward.
         self.table = Rows(self.decoder.get_input_embeddings().weight)
         self.head = Projection(self.network)
-        self._cache_name = "cache" if "cache" in inspect.signature(self.decoder.forward).parameters else "past_key_values"
+        self._cache_name = (
+            "cache" if "cache" in inspect.signature(self.decoder.forward).parameters else "past_key_values"
+        )
         self._checkpointing = False
 
     def encode(self, source_BS: Tensor) -> Memory:
@@ -100,13 +103,12 @@ class HuggingFaceTeacher(nn.Module):
         prefix, suffix = (
             source_BS.new_tensor(ids) for ids in (self.architecture.source_prefix, self.architecture.source_suffix)
         )
-        num_rows, width = source_BS.shape
         words_B1 = (source_BS != PAD).sum(1, keepdim=True).clamp(min=1) - 1
         framed = F.pad(source_BS, (len(prefix), max(len(suffix) - 1, 0)), value=PAD)
         framed[:, : len(prefix)] = prefix
         slots = words_B1 + len(prefix) + torch.arange(max(len(suffix), 1), device=source_BS.device)
         ends = suffix if len(suffix) else source_BS.new_full((1,), PAD)
-        return framed.scatter(1, slots, ends.expand(num_rows, -1))
+        return framed.scatter(1, slots, ends.expand(len(source_BS), -1))
 
     def decode(self, memory: Memory, decoder_input_BT: Tensor) -> Tensor:
         """(B, T, D) hidden states; position t has read decoder_input[0..t], which begins with `start`."""
@@ -138,7 +140,7 @@ class HuggingFaceTeacher(nn.Module):
     def project(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)  # type: ignore[no-any-return]
 
-    def project_through(self, hidden: Tensor, through: Callable[[Tensor, Tensor, Tensor | None], Any]) -> Any:
+    def project_through(self, hidden: Tensor, through: Through) -> Any:
         """through(hidden, the head's (V, D) weight, its (V,) bias), where these are whole."""
         return self.head(hidden, through)
 
@@ -167,17 +169,17 @@ class HuggingFaceTeacher(nn.Module):
         beam: int,
         n_best: int,
         length_penalty: float,
-        limits_B: Tensor,
-        forbidden: tuple[int, ...] = (),
+        max_length: tuple[float, float],
     ) -> list[Generated]:
-        """The network's own search, with its own forbidden and forced words, and without those in `forbidden`.
+        """The network's own search, with the words that it forbids and forces, in the order it ranks them.
 
-        limits_B: (B,) words before EOS at most; there EOS is forced. Scores are sums of the network's own
-        log-probabilities, whatever its generation configuration does to them while searching.
+        max_length: (a, b): EOS is forced behind a * S + b words, S counting the source's EOS. Scores are the network's
+        own log p / length ** length_penalty, whatever its generation configuration adds to them while searching.
         """
         if not len(source_BS):
             return []
         transformers = require_transformers()
+        limits_B = ((source_BS != PAD).sum(1) * max_length[0] + max_length[1]).long().clamp(0, self.max_positions - 1)
         prompt = source_BS.new_tensor([*self.architecture.target_prefix, self.start])
         settings = copy.deepcopy(self.network.generation_config)
         settings.update(
@@ -187,7 +189,6 @@ class HuggingFaceTeacher(nn.Module):
             do_sample=False,
             max_length=len(prompt) + int(limits_B.max()) + 1,
             max_new_tokens=None,
-            suppress_tokens=sorted({*(settings.suppress_tokens or ()), *forbidden}),
         )
         framed = self.frame(source_BS)
         limit = _EndAt(limits_B.repeat_interleave(beam) + len(prompt))
@@ -201,7 +202,10 @@ class HuggingFaceTeacher(nn.Module):
         ends = (rows == EOS).long().argmax(1)
         tokens = [row[: end + 1] for row, end in zip(rows.tolist(), ends.tolist(), strict=True)]
         log_probabilities = self._log_probabilities(source_BS.repeat_interleave(n_best, 0), rows, ends)
-        found = list(zip(tokens, log_probabilities, strict=True))
+        found = [
+            (row, total / len(row) ** length_penalty, total)
+            for row, total in zip(tokens, log_probabilities, strict=True)
+        ]
         return [found[start : start + n_best] for start in range(0, len(found), n_best)]
 
     @property
@@ -212,9 +216,10 @@ class HuggingFaceTeacher(nn.Module):
     @activation_checkpointing.setter
     def activation_checkpointing(self, on: bool) -> None:
         # transformers' own works in training mode alone, and a teacher is in eval mode.
-        layer_type = importlib.import_module("transformers.modeling_layers").GradientCheckpointingLayer
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
         for layer in self.network.modules():
-            if isinstance(layer, layer_type):
+            if isinstance(layer, GradientCheckpointingLayer):
                 layer.__dict__.pop("forward", None)
                 if on:
                     layer.forward = partial(_recomputed, layer.forward)
@@ -241,7 +246,7 @@ class HuggingFaceTeacher(nn.Module):
         logits_NV = self.project(self.decode(self.encode(source_BS), inputs_BT)[real_BT])
         logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
         losses_N = F.cross_entropy(logits_NV, target_BT[real_BT], reduction="none")
-        return (-losses_N.new_zeros(target_BT.shape).masked_scatter(real_BT, losses_N).sum(-1)).tolist()  # type: ignore[no-any-return]
+        return (-losses_N.new_zeros(target_BT.shape).masked_scatter(real_BT, losses_N).sum(-1)).tolist()
 
     def _check_length(self, length: int) -> None:
         if length > self.max_positions:
@@ -272,7 +277,7 @@ class Projection(nn.Module):
         self.weight, self.bias = output.weight, output.bias
         self._network = (network,)  # a tuple is not a submodule
 
-    def forward(self, hidden: Tensor, through: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None) -> Any:
+    def forward(self, hidden: Tensor, through: Through | None = None) -> Any:
         bias, final_1V = self.bias, getattr(self._network[0], "final_logits_bias", None)
         if final_1V is not None:
             final_V = final_1V[0].to(self.weight.dtype)  # DeepSpeed casts no buffers
@@ -298,16 +303,15 @@ class HuggingFaceCache:
 
 
 class _EndAt:
-    """A logits processor: nothing but EOS once a row has its number of ids."""
+    """A logits processor: EOS for sure once a row has its number of ids, as transformers forces it at max_length."""
 
     def __init__(self, lengths_N: Tensor) -> None:
         self._lengths_N = lengths_N
 
     def __call__(self, input_ids: Tensor, scores_NV: Tensor) -> Tensor:
         full_N = input_ids.shape[1] >= self._lengths_N
-        ending_N = scores_NV[:, EOS].clone()
         scores_NV = scores_NV.masked_fill(full_N[:, None], float("-inf"))
-        scores_NV[:, EOS] = ending_N
+        scores_NV[full_N, EOS] = 0.0
         return scores_NV
 
 

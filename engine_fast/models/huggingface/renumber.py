@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine_fast.data.symbols import EOS, PAD
+from engine_fast.data.symbols import BOS, EOS, MASK, PAD
 from engine_fast.errors import CheckpointError, VocabularyError
 from engine_fast.models.huggingface.network import head_bias
 
@@ -16,7 +16,7 @@ LACKING = -1
 """In an order of rows: the network has no such symbol."""
 IMPOSSIBLE = -1e4
 """The logit of a symbol that the network lacks. exp() of it is 0 in every dtype, beside any logits that a network has;
-float16 holds it (to 65504); and it is finite, so that what a student gives such a symbol costs it that much, not NaN."""
+float16 holds it (to 65504); it is finite, so that what a student gives such a symbol costs it that much, not NaN."""
 
 _SINGLE = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "sep_token_id")
 _LISTS = ("suppress_tokens", "begin_suppress_tokens")
@@ -66,8 +66,10 @@ def renumber(network: Any, source: Sequence[int], target: Sequence[int], *, prom
     for settings in (network.config, network.generation_config):
         _renumber_settings(settings, ours)
         settings.decoder_start_token_id = prompt[0]
+    generation = network.generation_config
     # What follows the start symbol is fed to the search, so that it need not be forced.
-    network.generation_config.forced_bos_token_id = None
+    generation.forced_bos_token_id = None
+    generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), BOS, PAD, MASK})
 
 
 def _rows(rows: Tensor, order: Sequence[int], lacking: float = 0.0) -> Tensor:

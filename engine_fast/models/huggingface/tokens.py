@@ -66,7 +66,7 @@ def find_models(tokenizer: Any, fetch: Any, origin: str) -> tuple[bytes, bytes]:
         if path is None:
             raise VocabularyError(
                 f"{origin}: its {type(tokenizer).__name__} comes without a SentencePiece model, expected one of "
-                f"{', '.join(dict.fromkeys([*names, *_MODELS]))}. Put the file beside the tokenizer, or take a model that has one."
+                f"{', '.join(dict.fromkeys([*names, *_MODELS]))}. Put the file beside it, or take a model that has one."
             )
         found = [path, path]
     return Path(found[0]).read_bytes(), Path(found[1]).read_bytes()
@@ -88,7 +88,9 @@ def languages(tokenizer: Any, side: Side, source: str | None, target: str | None
     if not hasattr(tokenizer, "src_lang"):
         for which, code in (("source", source), ("target", target)):
             if code is not None:
-                raise ConfigError(f"{origin}: {which}_language = {code!r}, but this model knows one pair: leave it out.")
+                raise ConfigError(
+                    f"{origin}: {which}_language = {code!r}, but this model knows one pair: leave it out."
+                )
         return ""
     known = [
         *getattr(tokenizer, "lang_code_to_id", {}),
@@ -117,8 +119,8 @@ def frame(tokenizer: Any, side: Side, *, prompt: str, target: bool, origin: str)
             found = _around(theirs, own)
         if found is None or theirs != [*found[0], *own, *found[1]]:
             raise VocabularyError(
-                f"{origin}: the {'target' if target else 'source'} line {line!r} becomes {vocabulary.pieces(theirs)} in "
-                f"its {type(tokenizer).__name__}, but {vocabulary.pieces(own)} here. Its text handling cannot be "
+                f"{origin}: the {'target' if target else 'source'} line {line!r} becomes {vocabulary.pieces(theirs)} "
+                f"in its {type(tokenizer).__name__}, but {vocabulary.pieces(own)} here. Its text handling cannot be "
                 "reproduced from the SentencePiece model alone: take a model without it."
             )
         if UNK not in own and vocabulary.decode(own) != vocabulary.surface(line):
