@@ -20,6 +20,7 @@ from engine_fast.data.symbols import PAD
 from engine_fast.errors import DataError
 from engine_fast.models.dropout import dropout
 from engine_fast.models.layers import DecoderLayer, EncoderLayer, LearnedPositions, SinusoidalPositions
+from engine_fast.models.protocols import Network, Through
 
 
 @dataclass(frozen=True)  # no slots: ZeRO stage 3 looks for the tensors in vars(output)
@@ -118,15 +119,15 @@ class Decoder(Stack):
 class Head(nn.Linear):
     """The vocabulary's matrix, (V, D). A fused operator is called through it: under ZeRO-3 it is whole only in here."""
 
-    def forward(self, hidden: Tensor, through: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
-        """(..., D) -> (..., V) logits; or whatever through(hidden, weight) makes of them."""
-        return super().forward(hidden) if through is None else through(hidden, self.weight)
+    def forward(self, hidden: Tensor, through: Through | None = None) -> Any:
+        """(..., D) -> (..., V) logits; or whatever through(hidden, weight, bias) makes of them."""
+        return super().forward(hidden) if through is None else through(hidden, self.weight, self.bias)
 
 
-class EncoderDecoder(nn.Module):
-    """What both kinds share: two stacks, one output table, tying and initialisation."""
+class EncoderDecoder(Network):
+    """What both transformers share: two stacks, one output table, tying and initialisation."""
 
-    kind: str
+    architecture: Architecture
 
     def __init__(self, architecture: Architecture, source_size: int, target_size: int) -> None:
         super().__init__()
@@ -161,9 +162,13 @@ class EncoderDecoder(nn.Module):
         """(..., D) decoder outputs -> (..., V) logits."""
         return self.output(hidden)  # type: ignore[no-any-return]
 
-    def project_through(self, hidden: Tensor, through: Callable[[Tensor, Tensor], Any]) -> Any:
-        """through(hidden, the head's (V, D) weight), where the weight is whole."""
+    def project_through(self, hidden: Tensor, through: Through) -> Any:
+        """through(hidden, the head's (V, D) weight, its bias), where they are whole."""
         return self.output(hidden, through)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(...,) target ids -> (..., D) unscaled rows of the decoder's table."""
+        return self.decoder.embedding(ids)  # type: ignore[no-any-return]
 
     def embed_through(self, x: Tensor, through: Callable[[Tensor, Tensor], Any]) -> Any:
         """through(x, the decoder's (V, D) input embeddings), where these are whole."""

@@ -73,7 +73,7 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
         )  # fmt: skip
 
     def run_distill(directory: Path) -> None:
-        teacher = load_model(out / "teacher" / "model", device=world.device, kind="transformer")
+        teacher = load_model(out / "teacher" / "model", device=world.device, kind="teacher")
         distill(
             teacher, prepared(), config.distill, directory,
             rank=world.rank, world_size=world.size, device=world.device,
