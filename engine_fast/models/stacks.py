@@ -45,6 +45,15 @@ class Table(nn.Embedding):
         return super().forward(ids) if through is None else through(ids, self.weight)
 
 
+def require_positions(length: int, max_positions: int) -> None:
+    """Raises DataError for a side longer than the network's positions."""
+    if length > max_positions:
+        raise DataError(
+            f"a sentence of {length} tokens, end symbol included, exceeds the model's max_positions = {max_positions}. "
+            "Filter or truncate it, or train with more positions."
+        )
+
+
 class Stack(nn.Module):
     """Token embedding, positions, layers, and the final norm that pre-norm needs."""
 
@@ -63,11 +72,7 @@ class Stack(nn.Module):
     def place(self, embedded_BTD: Tensor, start: int = 0) -> Tensor:
         """Scale unscaled embeddings and add positions start, start+1, ..."""
         length = embedded_BTD.shape[1]
-        if start + length > self.config.max_positions:
-            raise DataError(
-                f"a sentence of {start + length} tokens, end symbol included, exceeds the model's "
-                f"max_positions = {self.config.max_positions}. Filter or truncate it, or train with more positions."
-            )
+        require_positions(start + length, self.config.max_positions)
         positions_TD: Tensor = self.positions(start, length)
         return embedded_BTD * self.scale + positions_TD.to(embedded_BTD.dtype)  # DeepSpeed casts no buffers
 
