@@ -134,9 +134,7 @@ def load_model(
         raise CheckpointError(
             f"{directory}: holds a {config['kind']} model, expected a {kind} model. Give the other directory."
         )
-    vocabularies = [_read_vocabulary(directory, side, config["vocabularies"][side]) for side in ("source", "target")]
-    if vocabularies[0].fingerprint == vocabularies[1].fingerprint:
-        vocabularies[1] = vocabularies[0]
+    vocabularies = _read_vocabularies(directory, config)
     try:
         architecture = read_architecture(config["kind"], config["architecture"])
     except ValidationError as error:
@@ -155,6 +153,11 @@ def load_model(
     if isinstance(model, Teacher):
         model.right_to_left = bool(card.get("right_to_left"))
     return LoadedModel(model, vocabularies[0], vocabularies[1], card)
+
+
+def load_vocabularies(directory: Path) -> tuple[Vocabulary, Vocabulary]:
+    """Of source and target, one object where they are one; the weights are not read. Raises as load_model."""
+    return _read_vocabularies(directory, _read_config(directory))
 
 
 def new_network(
@@ -245,6 +248,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{path}: {', '.join(missing)} missing. The directory is damaged: export the model again."
         )
     return config
+
+
+def _read_vocabularies(directory: Path, config: dict[str, Any]) -> tuple[Vocabulary, Vocabulary]:
+    source, target = (_read_vocabulary(directory, side, config["vocabularies"][side]) for side in ("source", "target"))
+    return source, source if source.fingerprint == target.fingerprint else target
 
 
 def _read_vocabulary(directory: Path, side: str, entry: dict[str, Any]) -> Vocabulary:

@@ -22,6 +22,7 @@ from engine_fast.models import load_model
 from engine_fast.recipes.execute import Say
 from engine_fast.recipes.graph import Stage, hash_file, read_record
 from engine_fast.training import train_cmlm, train_engine, train_teacher
+from engine_fast.training.pretrained import described, vocabularies_of
 
 _WITHOUT_EFFECT = {"log_every", *ROUNDING_ONLY}
 """Training settings that change no result but for rounding: a stage goes on, or stands, when they change."""
@@ -36,6 +37,8 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
     The distill stage is left out when neither student uses distilled targets.
     """
     seed = {"seed": config.seed}
+    pretrained = config.teacher.pretrained
+    taken = {} if pretrained is None else {"pretrained": described(pretrained)}
     deepspeed = _numeric(config.deepspeed)
     engine_extra = {"deepspeed": deepspeed} if deepspeed else {}
     distilled = {name for name in ("cmlm", "engine") if getattr(config, name).data == "distilled"}
@@ -51,7 +54,10 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
         return prepared().split("train")
 
     def run_prepare(directory: Path) -> None:
-        counted = prepare(config.data, directory / "data", seed=config.seed)
+        given = None if pretrained is None else vocabularies_of(pretrained)
+        if given is not None and "vocabulary" in config.data.model_fields_set:
+            say("prepare: data.vocabulary has no effect, the vocabularies are those of teacher.pretrained")
+        counted = prepare(config.data, directory / "data", seed=config.seed, given=given)
         for split, part in counted.splits.items():
             say(f"prepare: {split}: {part.kept} of {part.read} pairs kept")
 
@@ -92,6 +98,7 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
 
     def training(name: str, upstream: list[str], body: Callable[[Path], None]) -> Stage:
         settings = {**seed, **engine_extra, name: _section(getattr(config, name), _WITHOUT_EFFECT)}
+        settings |= taken if name == "teacher" else {}
         # not metrics.jsonl: it holds times, which must not make a later stage run again
         return Stage(name, tuple(upstream), settings, ("model/**/*",), body, every_rank=True)
 
@@ -99,7 +106,7 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
     engine_upstream = ["prepare", "teacher", "cmlm"] + ["distill"] * ("engine" in distilled)
     models = ("teacher", "cmlm", "engine")
     stages = [
-        Stage("prepare", (), {**seed, **_prepare_inputs(config.data)}, ("data/**/*",), run_prepare),
+        Stage("prepare", (), {**seed, **taken, **_prepare_inputs(config.data)}, ("data/**/*",), run_prepare),
         training("teacher", ["prepare"], run_teacher),
         Stage(
             "distill",

@@ -11,8 +11,9 @@ import sentencepiece
 import torch
 import transformers
 
-GERMAN = ["der", "die", "das", "kleine", "grosse", "Hund", "Katze", "Haus", "Baum", "Garten", "sieht", "hat", "geht", "in", "den", "dem", "auf", "und", "nicht", "sehr", "alt", "neu"]
-ENGLISH = ("the small big dog cat house tree garden sees has goes into on and not very old new a an it is was").split()  # noqa: SIM905
+_GERMAN = "der die das kleine grosse Hund Katze Haus Baum Garten sieht hat geht in den dem auf und nicht sehr alt neu"
+_ENGLISH = "the small big dog cat house tree garden sees has goes into on and not very old new a an it is was"
+GERMAN, ENGLISH = _GERMAN.split(), _ENGLISH.split()
 SIZES = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
@@ -57,9 +58,11 @@ def write(directory: Path, network, tokenizer_config: dict, files: dict[str, byt
     return directory
 
 
-def marian(directory: Path, *, languages: tuple[str, ...] = (), **changes) -> Path:
+def marian(
+    directory: Path, *, languages: tuple[str, ...] = (), texts: tuple[list[str], list[str]] | None = None, **changes
+) -> Path:
     """Helsinki-NLP's layout: </s> 0, <unk> 1, pieces of both sides, <pad> last, which the decoder starts with."""
-    models = [train_spm(lines(words), 90) for words in (GERMAN, ENGLISH)]
+    models = [train_spm(text, 90) for text in texts or (lines(GERMAN), lines(ENGLISH))]
     both = dict.fromkeys(piece for model in models for piece in pieces_of(model)[3:])
     numbers = {piece: i for i, piece in enumerate(["</s>", "<unk>", *languages, *sorted(both), "<pad>"])}
     pad = numbers["<pad>"]

@@ -116,12 +116,11 @@ def check_contract(
     mixed = teacher.embed_through(one_hot, lambda rows, table: rows @ table)
     shifted = torch.cat([teacher.embed(inputs_BT[:, :1]), mixed[:, :-1]], dim=1)
     scores = teacher.project(teacher.forward_embedded(memory, shifted)).log_softmax(-1)
-    energy = -(one_hot * scores).sum(-1)[real_BT].mean()
-    loss = _own_loss(teacher, source_BS, inputs_BT, target_BT)
-    if not abs(float(energy - loss)) <= _LOSS_TOLERANCE:
+    energy = float(-(one_hot * scores).sum(-1)[real_BT].mean().detach())
+    loss = float(_own_loss(teacher, source_BS, inputs_BT, target_BT))
+    if not abs(energy - loss) <= _LOSS_TOLERANCE:
         raise CheckpointError(
-            f"{origin}: the energy of one-hot words is {float(energy):.8f} nats a token, its own loss "
-            f"{float(loss):.8f}; expected the same. It does something between inputs and loss that is unknown here."
+            f"{origin}: the energy of one-hot words is {energy:.8f} nats a token, its own loss {loss:.8f}; expected the same. It does something between inputs and loss that is unknown here."
         )
 
     weight = torch.linspace(-1, 1, logits[real_BT].numel(), dtype=logits.dtype).view_as(logits[real_BT])
