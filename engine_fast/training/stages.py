@@ -80,7 +80,14 @@ def train_cmlm(
     def build(world: World) -> tuple[Student, Callable[[nn.Module], nn.Module]]:
         model = cast(Student, _fresh("cmlm", config, prepared))
         if "teacher" in models:
-            copy_matching(model, _load(models["teacher"], "teacher", prepared).model)
+            teacher = _load(models["teacher"], "teacher", prepared).model
+            kinds = teacher.architecture.kind, model.architecture.kind
+            require(
+                kinds == ("transformer", "transformer"),
+                "cmlm.from_teacher", True, f"false: the teacher is a {kinds[0]} network, the student a {kinds[1]} one",
+                "Only transformers have weights in common.",
+            )  # fmt: skip
+            copy_matching(model, teacher)
         return model, lambda module: CMLMObjective(cast(Student, module), config.cmlm)
 
     _Job("cmlm", config, config.cmlm, prepared, (corpus, valid_corpus), build, _one_pass, models=models).run(directory)

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine_fast.config import Architecture, CMLMConfig, EngineConfig, RunConfig, TrainConfig
 from engine_fast.training.plan.activations import Block, Numerics, Shape, masked_rows, stack, without_graph
-from engine_fast.training.plan.sizes import Sizes, sizes_of
+from engine_fast.training.plan.sizes import Sizes, sizes_of, transformer
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _TILE_BYTES = {"cpu": 128 << 20, "cuda": 64 << 20}
@@ -19,7 +19,7 @@ _SOFTMAX_VALUES = 1 << 20
 
 def teacher_tape(config: TrainConfig, vocabulary: int, shape: Shape, device: str) -> list[Block]:
     """Label-smoothed cross-entropy of every target position."""
-    architecture = config.architecture
+    architecture = transformer(config.architecture, "teacher")
     sizes = sizes_of(architecture, vocabulary, cmlm=False)
     numerics = _numerics(config, device)
     blocks = [*_encoder(architecture, sizes, shape, numerics), *_decoder(architecture, sizes, shape, numerics)]
@@ -28,7 +28,7 @@ def teacher_tape(config: TrainConfig, vocabulary: int, shape: Shape, device: str
 
 def cmlm_tape(config: CMLMConfig, vocabulary: int, shape: Shape, device: str) -> list[Block]:
     """The same of the masked positions, and of the length."""
-    architecture = config.architecture
+    architecture = transformer(config.architecture, "cmlm")
     sizes = sizes_of(architecture, vocabulary, cmlm=True)
     numerics = _numerics(config, device)
     blocks = _student(architecture, sizes, shape, numerics)
