@@ -92,7 +92,7 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
         write_report(out, directory / "report.html")
 
     def training(name: str, upstream: list[str], body: Callable[[Path], None]) -> Stage:
-        settings = {**seed, **engine_extra, name: _section(getattr(config, name), _WITHOUT_EFFECT)}
+        settings: dict[str, Any] = {**seed, **engine_extra, name: _section(getattr(config, name), _WITHOUT_EFFECT)}
         if name == "engine" and config.engine.ensemble:
             settings["members"] = member_hashes(config.engine)
         # not metrics.jsonl: it holds times, which must not make a later stage run again

@@ -52,7 +52,7 @@ class Trainer:
         stop: Stop,
         teachers: Mapping[str, str],
     ) -> None:
-        """`teachers`: hashes of the frozen ones, which no checkpoint holds: each names them, and asks for them again."""
+        """`teachers`: hashes of the frozen ones, which no checkpoint holds: each names them and asks for them again."""
         self.stage, self.config, self.run_config, self.directory = stage, config, run, directory
         self._engine, self._feeder, self._validator, self._world, self._stop = engine, feeder, validator, world, stop
         self._store = CheckpointStore(directory / "checkpoints", world=world, min_free_bytes=run.runtime.min_free_bytes)

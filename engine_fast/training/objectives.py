@@ -99,9 +99,10 @@ class EngineObjective(nn.Module):
     """ENGINE (paper, eq. 1): relaxed energy + length_loss_weight * length loss + alpha * cross-entropy
     + repetition_weight * expected repetitions.
 
-    The student sees masks at every real position, of the data's lengths or of its own. The teachers behind `energy` are frozen: their encoders run once
-    without a graph, their decoders pass gradients to the student's logits only; float16 ones beside a float32 student
-    at a scale that float16 can hold. `within(use)` calls use(_) where the weights of a sharded teacher are whole.
+    The student sees masks at every real position, of the data's lengths or of its own. The teachers behind `energy` are
+    frozen: their encoders run once without a graph, their decoders pass gradients to the student's logits only; float16
+    ones beside a float32 student at a scale that float16 can hold. `within(use)` calls use(_) where the weights of a
+    sharded teacher are whole.
     """
 
     def __init__(self, student: Student, energy: Energy, config: EngineConfig, *, within: Within | None = None) -> None:

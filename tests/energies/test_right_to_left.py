@@ -130,4 +130,6 @@ def test_training_learns_the_reversed_targets(pair):
     other = TeacherObjective(forward, config)(Batch(SOURCE, TURNED, indices))
     assert torch.equal(one.total, other.total)
     assert torch.equal(one.stats["nll"], other.stats["nll"])
-    torch.testing.assert_close(one.stats["nll"].double(), discrete_energy(backward, SOURCE, TARGET).sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        one.stats["nll"].double(), discrete_energy(backward, SOURCE, TARGET).sum(), rtol=1e-6, atol=0
+    )
