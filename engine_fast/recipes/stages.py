@@ -22,6 +22,7 @@ from engine_fast.models import load_model
 from engine_fast.recipes.execute import Say
 from engine_fast.recipes.graph import Stage, hash_file, read_record
 from engine_fast.training import train_cmlm, train_engine, train_teacher
+from engine_fast.training.ensemble import member_hashes
 
 _WITHOUT_EFFECT = {"log_every", *ROUNDING_ONLY}
 """Training settings that change no result but for rounding: a stage goes on, or stands, when they change."""
@@ -91,7 +92,9 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
         write_report(out, directory / "report.html")
 
     def training(name: str, upstream: list[str], body: Callable[[Path], None]) -> Stage:
-        settings = {**seed, **engine_extra, name: _section(getattr(config, name), _WITHOUT_EFFECT)}
+        settings: dict[str, Any] = {**seed, **engine_extra, name: _section(getattr(config, name), _WITHOUT_EFFECT)}
+        if name == "engine" and config.engine.ensemble:
+            settings["members"] = member_hashes(config.engine)
         # not metrics.jsonl: it holds times, which must not make a later stage run again
         return Stage(name, tuple(upstream), settings, ("model/**/*",), body, every_rank=True)
 
