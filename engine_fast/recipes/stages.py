@@ -22,6 +22,7 @@ from engine_fast.models import load_model
 from engine_fast.recipes.execute import Say
 from engine_fast.recipes.graph import Stage, hash_file, read_record
 from engine_fast.training import train_cmlm, train_engine, train_teacher
+from engine_fast.training.ensemble import member_hashes
 from engine_fast.training.pretrained import described, vocabularies_of
 
 _WITHOUT_EFFECT = {"log_every", *ROUNDING_ONLY}
@@ -97,8 +98,10 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
         write_report(out, directory / "report.html")
 
     def training(name: str, upstream: list[str], body: Callable[[Path], None]) -> Stage:
-        settings = {**seed, **engine_extra, name: _section(getattr(config, name), _WITHOUT_EFFECT)}
+        settings: dict[str, Any] = {**seed, **engine_extra, name: _section(getattr(config, name), _WITHOUT_EFFECT)}
         settings |= taken if name == "teacher" else {}
+        if name == "engine" and config.engine.ensemble:
+            settings["members"] = member_hashes(config.engine)
         # not metrics.jsonl: it holds times, which must not make a later stage run again
         return Stage(name, tuple(upstream), settings, ("model/**/*",), body, every_rank=True)
 
