@@ -44,7 +44,10 @@ class PieceVocabulary:
                 f"{origin}: its first pieces are {self._pieces[:5]}, expected {list(SYMBOLS)}. Import it again."
             )
         self._silent = SILENT | set(silent)
-        check_ids(sorted(self._silent), len(self._pieces))
+        if max(self._silent) >= len(self._pieces):
+            raise VocabularyError(
+                f"{origin}: names id {max(self._silent)} as silent, of {len(self._pieces)} pieces. Import it again."
+            )
         try:
             self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
         except Exception as error:  # SentencePiece raises several plain kinds
@@ -102,7 +105,7 @@ class PieceVocabulary:
         return normalise(str(self._processor.normalize(normalise(text))).replace(_SPACE, " "))
 
     def sample_lines(self, *, lines: int = 8, words: int = 8) -> list[str]:
-        """Text made of whole words that the model has pieces for, evenly spaced over them."""
+        """Text whose words are pieces that begin a word, evenly spaced over them."""
         found = [piece[1:] for piece in self._own_pieces() if piece[1:].isalpha() and piece.startswith(_SPACE)]
         found = [word for word in found if self.surface(word) == word]
         step = max(1, len(found) // (lines * words))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine_fast.config import RunConfig, SyntheticConfig, dump_config
+from engine_fast.config import Architecture, RunConfig, SyntheticConfig, dump_config
 from engine_fast.data.corpus import ParallelCorpus
 from engine_fast.data.prepared import Prepared
 from engine_fast.data.symbols import BOS, MASK, PAD
@@ -20,8 +21,10 @@ from engine_fast.data.synthetic import write_split
 from engine_fast.decoding import generate
 from engine_fast.distributed import start
 from engine_fast.errors import CheckpointError, ConfigError, VocabularyError
-from engine_fast.models import load_model
+from engine_fast.models import Transformer, load_model
+from engine_fast.models.fairseq import import_fairseq
 from engine_fast.recipes.execute import run_graph
+from engine_fast.recipes.run import run
 from engine_fast.recipes.stages import build_stages
 from engine_fast.training import train_teacher
 from tests.recipes.micro import micro_config
@@ -118,7 +121,7 @@ def test_a_teacher_of_other_vocabularies_is_refused(marian: Path, tmp_path: Path
 
 def test_a_path_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # without waiting for a network
     with pytest.raises(CheckpointError, match="neither a directory here, nor found on the Hugging Face hub"):
         until("prepare", config_for(tmp_path / "absent"), tmp_path / "run")
 
@@ -143,3 +146,34 @@ def test_a_marian_trains_a_student_end_to_end(marian: Path, tmp_path: Path) -> N
     )
     student = str(tmp_path / "run" / "engine" / "model")
     assert subprocess.run([sys.executable, "-c", code, student], capture_output=True, text=True).stdout == "cmlm\n"
+
+
+@pytest.mark.slow
+def test_a_fairseq_checkpoint_trains_a_student_end_to_end(tmp_path: Path) -> None:
+    from tests.models.test_fairseq import fairseq_state
+
+    source, target, *_ = write_split(SyntheticConfig(num_words=12, num_train=120), tmp_path, split="train", seed=3)
+    sizes = []
+    for side, path in (("source", source), ("target", target)):
+        words = sorted(set(path.read_text(encoding="utf-8").split()))
+        (tmp_path / f"{side}.txt").write_text("".join(f"{word} 1\n" for word in words), encoding="utf-8")
+        sizes.append(len(words) + 5)
+    architecture = Architecture(**{**STUDENT, "tie": "none", "norm": "post"})
+    names = {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")}
+    names |= {f"max_{side}_positions": 48 for side in ("source", "target")}
+    state = fairseq_state(Transformer(architecture, *sizes), "fork")
+    torch.save({"model": state, "args": argparse.Namespace(**names)}, tmp_path / "checkpoint.pt")
+    files = tmp_path / "checkpoint.pt", tmp_path / "source.txt", tmp_path / "target.txt"
+    import_fairseq(*files, tmp_path / "teacher")
+
+    students = {"architecture": STUDENT | {"tie": "none"}}
+    teacher = {"pretrained": {"path": str(tmp_path / "teacher")}}
+    config = micro_config(teacher=teacher, cmlm=students, engine=students)
+    results = run(config, tmp_path / "run", say=lambda line: None)
+    assert results is not None
+    assert {row["system"] for row in results["systems"]} >= {"teacher-greedy", "teacher-beam", "cmlm", "engine"}
+    shared = {
+        stage: load_model(tmp_path / "run" / stage / "model").source_vocabulary.fingerprint
+        for stage in ("teacher", "cmlm", "engine")
+    }
+    assert set(shared.values()) == {load_model(tmp_path / "teacher").source_vocabulary.fingerprint}

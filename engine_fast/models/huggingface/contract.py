@@ -122,8 +122,10 @@ def check_contract(
             "the same. It does something between inputs and loss that is unknown here."
         )
 
-    weight = torch.linspace(-1, 1, logits[real_BT].numel(), dtype=logits.dtype).view_as(logits[real_BT])
-    (gradient,) = torch.autograd.grad((logits[real_BT] * weight).sum(), embedded, allow_unused=True)
+    gradient = None
+    if logits.requires_grad:
+        weight = torch.linspace(-1, 1, logits[real_BT].numel(), dtype=logits.dtype).view_as(logits[real_BT])
+        (gradient,) = torch.autograd.grad((logits[real_BT] * weight).sum(), embedded, allow_unused=True)
     if gradient is None or not gradient[real_BT].isfinite().all() or not gradient[real_BT].any(-1).all():
         raise CheckpointError(
             f"{origin}: no gradient reaches forward(inputs_embeds=) while the weights are frozen, so no student could "

@@ -21,7 +21,7 @@ from engine_fast.errors import CheckpointError, EngineFastError
 from engine_fast.models.huggingface import contract, tokens
 from engine_fast.models.huggingface.network import HuggingFaceArchitecture, HuggingFaceTeacher, require_transformers
 from engine_fast.models.huggingface.renumber import LACKING, renumber
-from engine_fast.models.store import save_model
+from engine_fast.models.store import load_unique_state, save_model, unique_state
 
 _RELATIVE_POSITIONS = 512
 """Longest side of a model whose positions are relative and whose tokenizer names no limit."""
@@ -52,8 +52,8 @@ class Origin:
 def import_huggingface(origin: Origin, out: Path) -> HuggingFaceArchitecture:
     """Check a model against the contract and write it, in our order of ids, as the model directory `out`.
 
-    Needs memory for its weights in float64. No code that came with the model is run, and no pickle that holds more
-    than tensors is read.
+    Needs memory for its weights in float64, twice. No code that came with the model is run, and no pickle that holds
+    more than tensors is read.
     Raises CheckpointError: not reachable, incomplete, a network that cannot teach; VocabularyError: a tokenizer that
     cannot be reproduced, or that does not fit the weights; ConfigError: a language that is missing or unknown.
     """
@@ -104,7 +104,6 @@ def load_huggingface(origin: Origin) -> tuple[HuggingFaceTeacher, PieceVocabular
     framed = HuggingFaceTeacher(plain, len(source.rows), len(target.rows), network).frame(source_BS)
     expected, scales = _original(network, framed, target_BT, prompt, source, target)
     renumber(network, source.rows, target.rows, prompt=prompt)
-    network.tie_weights()
     architecture = plain.model_copy(
         update={
             "network": json.loads(network.config.to_json_string(use_diff=False)),
@@ -113,7 +112,7 @@ def load_huggingface(origin: Origin) -> tuple[HuggingFaceTeacher, PieceVocabular
             "hidden_scale": scales[1],
         }
     )
-    teacher = HuggingFaceTeacher(architecture, len(source.rows), len(target.rows), network)
+    teacher = _rebuilt(architecture, HuggingFaceTeacher(architecture, len(source.rows), len(target.rows), network))
     contract.check_contract(teacher, source_BS, target_BT, expected, name)
     return teacher.float(), source.vocabulary, target.vocabulary
 
@@ -205,6 +204,14 @@ def _original(
     expected[..., target_rows == LACKING] = float("nan")
     longest = mask_BS.all(1)
     return expected, contract.find_scales(network, theirs_BS[longest], theirs_BT[longest])
+
+
+def _rebuilt(architecture: HuggingFaceArchitecture, teacher: HuggingFaceTeacher) -> HuggingFaceTeacher:
+    """The same teacher as load_model() will make it: what it keeps besides its weights comes from its settings."""
+    fresh = HuggingFaceTeacher(architecture, teacher.source_size, teacher.target_size)
+    fresh.double().requires_grad_(False).eval()
+    load_unique_state(fresh, unique_state(teacher), "the renumbered network")
+    return fresh
 
 
 @contextmanager

@@ -327,7 +327,7 @@ def _build(architecture: HuggingFaceArchitecture) -> Any:
     try:
         settings = {**architecture.network}
         config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
-        network = transformers.AutoModelForSeq2SeqLM.from_config(config)
+        network = transformers.AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
         network.generation_config = transformers.GenerationConfig.from_dict(architecture.generation)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
