@@ -123,6 +123,7 @@ def train_engine(
         teachers = [_frozen(models[name], config.engine, _DTYPES[precision], prepared) for name in names]
         within = None
         if config.engine.teacher_placement == "sharded":
+            _require_shardable(teachers[0], "engine.teacher_placement", "sharded", "replicated")
             within = shard_frozen(teachers[0], device=world.device, extra=config.deepspeed)
             teachers[0].train(config.engine.teacher_dropout)  # DeepSpeed has put it in training mode
         else:
@@ -175,6 +176,8 @@ class _Job:
         with catching_signals() as stop:
             beat(f"{self.stage}: building the model")
             model, objective_of = self.build(world)
+            if self.settings.effective_zero_stage == 3:
+                _require_shardable(model, f"{self.stage}.zero_stage", 3, "less than 3")
             model.activation_checkpointing = self.settings.activation_checkpointing
             limits = model.architecture
             corpus, num_dropped = self._fitting(self.corpora[0], "training corpus", limits)
@@ -297,6 +300,14 @@ def _frozen(path: Path, config: EngineConfig, dtype: torch.dtype, prepared: Prep
     teacher = cast(Teacher, _load(path, "teacher", prepared).model)
     teacher.activation_checkpointing = config.teacher_checkpointing
     return freeze(teacher, dtype=dtype, dropout=config.teacher_dropout)
+
+
+def _require_shardable(model: Teacher | Student, key: str, got: object, wanted: str) -> None:
+    require(
+        model.shardable,
+        key, got, f"{wanted} for an LSTM with input feeding",
+        "It gathers weights at every position, and ranks have sentences of other lengths. Or set input_feeding: false.",
+    )  # fmt: skip
 
 
 def _one_pass(model: nn.Module, source_BS: Tensor) -> list[list[int]]:
