@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 
 from engine_fast.config.base import Section
 from engine_fast.config.data import DataConfig
+from engine_fast.config.sweep import SweepConfig
 from engine_fast.config.training import CMLMConfig, EngineConfig, TeacherConfig
 
 
@@ -28,6 +29,7 @@ class DistillConfig(Section):
     """Of the search."""
 
 
+TableName = Literal["table2", "table3", "table4", "table5", "table6"]
 SystemName = Literal[
     "teacher-greedy", "teacher-beam",
     "cmlm", "cmlm-rerank", "cmlm-oracle", "engine", "engine-rerank", "engine-oracle",
@@ -112,5 +114,9 @@ class RunConfig(Section):
     """Stage 6."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Device and threads."""
+    sweep: SweepConfig | None = None
+    """Try variations of the run instead of the run itself."""
+    table: TableName | None = None
+    """Make this table of the paper from what is measured."""
     deepspeed: dict[str, Any] = {}
     """Further keys of DeepSpeed's own config, merged into the generated one; unknown ones are refused."""
