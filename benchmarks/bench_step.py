@@ -35,6 +35,7 @@ from engine_fast import ops
 from engine_fast.config import Architecture, CMLMConfig, EngineConfig, TeacherConfig
 from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import EOS, NUM_SPECIAL, PAD
+from engine_fast.energies import TeacherEnergy
 from engine_fast.models import CMLM, Transformer
 from engine_fast.training.objectives import CMLMObjective, EngineObjective, TeacherObjective, draw_masks
 
@@ -125,7 +126,9 @@ def make_step(subject: str, provider: str, size: Size, device: str = "cpu") -> S
                 model.compile_stacks()
         if ours:
             head_memory: Literal["keep", "recompute"] = "recompute" if way == "ours_recompute" else "keep"
-            engine = EngineObjective(student, teacher, EngineConfig(o1="SX", o2="ST", head_memory=head_memory))
+            engine = EngineObjective(
+                student, TeacherEnergy(teacher), EngineConfig(o1="SX", o2="ST", head_memory=head_memory)
+            )
             plain, fused = _using("reference", engine), _using("fused", engine)
             return Step(plain if way == "reference_ops" else fused, (student,), definition=plain)
         return Step(lambda batch: peers.engine_step(student, teacher, batch, layers=layers), (student, teacher))

@@ -16,7 +16,9 @@ from engine_fast.config import RunConfig, TrainConfig
 from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import EOS, NUM_SPECIAL
 from engine_fast.distributed import Engine, World, shard_frozen
-from engine_fast.models import CMLM, Transformer, freeze
+from engine_fast.energies import TeacherEnergy
+from engine_fast.models import Student, Teacher, freeze
+from engine_fast.models.store import new_network
 from engine_fast.training.averaging import ExponentialAverage
 from engine_fast.training.objectives import CMLMObjective, EngineObjective, TeacherObjective
 from engine_fast.training.plan.memory import architecture_of
@@ -64,18 +66,19 @@ def build(config: RunConfig, work: Work, world: World) -> Training:
     settings: TrainConfig = getattr(config, work.stage)
     torch.manual_seed(config.seed)
     size = work.vocabulary
-    trained: Transformer | CMLM
+    trained: Teacher | Student
     objective_of: Callable[[nn.Module], nn.Module]
     if work.stage == "teacher":
-        trained = Transformer(settings.architecture, size, size)
-        objective_of = lambda module: TeacherObjective(cast(Transformer, module), config.teacher)  # noqa: E731
+        trained = new_network("teacher", settings.architecture, size, size)
+        objective_of = lambda module: TeacherObjective(cast(Teacher, module), config.teacher)  # noqa: E731
     elif work.stage == "cmlm":
-        trained = CMLM(settings.architecture, size, size)
-        objective_of = lambda module: CMLMObjective(cast(CMLM, module), config.cmlm)  # noqa: E731
+        trained = new_network("student", settings.architecture, size, size)
+        objective_of = lambda module: CMLMObjective(cast(Student, module), config.cmlm)  # noqa: E731
     else:
         teacher, within = frozen_teacher(config, work, world)
-        trained = CMLM(architecture_of(config, "engine"), size, size)
-        objective_of = lambda module: EngineObjective(cast(CMLM, module), teacher, config.engine, within=within)  # noqa: E731
+        trained = new_network("student", architecture_of(config, "engine"), size, size)
+        energy = TeacherEnergy(teacher)
+        objective_of = lambda module: EngineObjective(cast(Student, module), energy, config.engine, within=within)  # noqa: E731
     trained.activation_checkpointing = settings.activation_checkpointing
     if settings.compile:
         trained.compile_stacks()
@@ -84,10 +87,10 @@ def build(config: RunConfig, work: Work, world: World) -> Training:
     return Training(engine, objective_of, average)
 
 
-def frozen_teacher(config: RunConfig, work: Work, world: World) -> tuple[Transformer, Any]:
+def frozen_teacher(config: RunConfig, work: Work, world: World) -> tuple[Teacher, Any]:
     """A fresh one of the configured precision and placement, and the `within` of a sharded one."""
     settings, size = config.engine, work.vocabulary
-    teacher = Transformer(config.teacher.architecture, size, size)
+    teacher = cast(Teacher, new_network("teacher", config.teacher.architecture, size, size))
     freeze(teacher, dtype=DTYPES[settings.teacher_precision or settings.precision], dropout=settings.teacher_dropout)
     teacher.activation_checkpointing = settings.teacher_checkpointing
     within = None
@@ -120,7 +123,7 @@ def update(engine: Engine, work: Work, number: int, *, lr: float = 1e-4) -> floa
     loss = torch.zeros((), device=world.device)
     numbers = [number * per_update + index * world.size + world.rank for index in range(work.accumulate)]
     batches = [micro_batch(work, each).to(world.device) for each in numbers]
-    engine.prepare(batches)
+    engine.prepare(batches, done=0.0)
     for each, batch in zip(numbers, batches, strict=True):
         torch.manual_seed(each)
         loss += engine.backward(batch, num_target_tokens=tokens)["loss"] / tokens

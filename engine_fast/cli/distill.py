@@ -51,7 +51,7 @@ def distill(
         chunk_sentences=chunk_sentences,
         precision=precision,
     )
-    teacher = load_model(model, kind="transformer")
+    teacher = load_model(model, kind="teacher")
     prepared = Prepared.open(data)
     with only_one(out) if rank == 0 else nullcontext():
         corpus = run(teacher, prepared, config, out, split=split, rank=rank, world_size=world_size, device=where)

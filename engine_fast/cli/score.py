@@ -37,7 +37,7 @@ def score(
             )
     for _ in iter_pairs(source, target):  # unaligned files are refused before anything is written
         pass
-    teacher = load_model(model, device=pick_device(device), dtype=pick_dtype(precision), kind="transformer")
+    teacher = load_model(model, device=pick_device(device), dtype=pick_dtype(precision), kind="teacher")
     write_lines(f"{energy:.6f}" for energy in _energies(teacher, iter_pairs(source, target), max_tokens))
 
 
@@ -47,12 +47,12 @@ def _energies(teacher: LoadedModel, pairs: Iterator[tuple[str, str]], max_tokens
     from engine_fast.data.symbols import EOS
     from engine_fast.decoding.translate import pad_rows, plan_batches
     from engine_fast.energies import discrete_energy
-    from engine_fast.models import Transformer
+    from engine_fast.models import Teacher
 
     model = teacher.model
-    assert isinstance(model, Transformer)
+    assert isinstance(model, Teacher)
     device = next(model.parameters()).device
-    limit = model.architecture.max_positions
+    limit = model.max_positions
     number = 0
     while window := list(islice(pairs, _WINDOW)):
         sources = [[*ids, EOS] for ids in teacher.source_vocabulary.encode_batch([pair[0] for pair in window])]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from engine_fast.data.vocabulary import Vocabulary
     from engine_fast.decoding.mask_predict import Rescore
-    from engine_fast.models import LoadedModel
+    from engine_fast.models import LoadedModel, Network
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
@@ -57,23 +57,23 @@ def translate(
 ) -> None:
     """Translate lines from standard input to standard output, in order; an empty line stays empty."""
     from engine_fast.decoding import DecodeSettings, Translator
-    from engine_fast.models import load_model
+    from engine_fast.models import Student, load_model
 
     if sys.stdin is None or sys.stdout is None:
         raise DataError("standard input or output is closed, expected text in and text out. Redirect both, or pipe.")
     where, dtype = pick_device(device), pick_dtype(precision)
     loaded = load_model(model, device=where, dtype=dtype)
     _warn_without_effect(
-        loaded.model.kind,
+        loaded.model,
         student={"iterations": iterations, "length-beam": length_beam, "rerank": rerank},
         teacher={"beam": beam, "length-penalty": length_penalty if rerank is None else None},
     )
-    positions = loaded.model.architecture.max_positions
+    positions = loaded.model.max_positions
     rescore: Rescore | None = None
-    if rerank is not None and loaded.model.kind == "cmlm":
-        judge = load_model(rerank, device=where, dtype=dtype, kind="transformer")
+    if rerank is not None and isinstance(loaded.model, Student):
+        judge = load_model(rerank, device=where, dtype=dtype, kind="teacher")
         rescore = _rescorer(loaded, judge)
-        positions = min(positions, judge.model.architecture.max_positions)
+        positions = min(positions, judge.model.max_positions)
     settings = DecodeSettings(
         beam=beam or max(5, n_best),
         iterations=iterations or 1,
@@ -151,7 +151,7 @@ def plain_warnings() -> Iterator[None]:
 
 def _rescorer(student: LoadedModel, judge: LoadedModel) -> Rescore:
     from engine_fast.energies import discrete_energy
-    from engine_fast.models import Transformer
+    from engine_fast.models import Teacher
 
     for side in ("source", "target"):
         own: Vocabulary = getattr(student, f"{side}_vocabulary")
@@ -161,7 +161,7 @@ def _rescorer(student: LoadedModel, judge: LoadedModel) -> Rescore:
                 f"--rerank: the teacher's {side} vocabulary is {other.fingerprint[:12]}, the student's "
                 f"{own.fingerprint[:12]}. Rerank with the teacher that the student was trained with."
             )
-    assert isinstance(judge.model, Transformer)
+    assert isinstance(judge.model, Teacher)
     return partial(discrete_energy, judge.model.requires_grad_(False))
 
 
@@ -171,8 +171,10 @@ def _lengths(references: Path, vocabulary: Vocabulary) -> Iterator[int]:
     return (len(vocabulary.encode(line)) + 1 for line in iter_lines(references))
 
 
-def _warn_without_effect(kind: str, *, student: dict[str, object], teacher: dict[str, object]) -> None:
-    ignored = student if kind == "transformer" else teacher
+def _warn_without_effect(model: Network, *, student: dict[str, object], teacher: dict[str, object]) -> None:
+    from engine_fast.models import Student
+
+    ignored = teacher if isinstance(model, Student) else student
     names = [f"--{name}" for name, value in ignored.items() if value is not None]
     if names:
-        print(f"engine-fast: {', '.join(names)} without effect on a {kind} model", file=sys.stderr)
+        print(f"engine-fast: {', '.join(names)} without effect on a {model.kind} model", file=sys.stderr)

@@ -294,4 +294,8 @@ class EngineConfig(TrainConfig):
     def _teacher_fits_placement(self) -> EngineConfig:
         if self.teacher_placement == "sharded" and self.teacher_compile:
             raise ValueError("teacher_compile = true needs teacher_placement = replicated")
+        if self.teacher_placement == "sharded" and self.ensemble:
+            raise ValueError("ensemble needs teacher_placement = replicated")
+        if self.predicted_lengths and self.cross_entropy_weight:
+            raise ValueError("predicted_lengths = true has no targets for cross_entropy_weight: set it to 0")
         return self

@@ -1,6 +1,7 @@
 """From a model to text: search, mask-predict, streaming translation. Distillation is engine_fast.decoding.distill."""
 
-from engine_fast.decoding.autoregressive import beam_search, greedy
+from engine_fast.decoding.autoregressive import MaxLength, beam_search, greedy
+from engine_fast.decoding.generate import generate
 from engine_fast.decoding.hypothesis import Hypothesis
 from engine_fast.decoding.mask_predict import (
     Candidates,
@@ -15,10 +16,12 @@ __all__ = [
     "Candidates",
     "DecodeSettings",
     "Hypothesis",
+    "MaxLength",
     "Rescore",
     "TranslateReport",
     "Translator",
     "beam_search",
+    "generate",
     "greedy",
     "mask_predict",
     "mask_predict_candidates",

@@ -11,7 +11,7 @@ from torch import Tensor
 from engine_fast.data.symbols import BOS, EOS, MASK, PAD
 from engine_fast.decoding.hypothesis import Hypothesis, score_dtype, top
 from engine_fast.errors import require
-from engine_fast.models import Transformer
+from engine_fast.models import Teacher
 
 MaxLength = tuple[float, float]
 NEVER_EMITTED = (BOS, PAD, MASK)
@@ -20,7 +20,7 @@ _DEAD = float("-inf")
 
 @torch.no_grad()
 def beam_search(
-    model: Transformer,
+    model: Teacher,
     source_BS: Tensor,
     *,
     beam: int = 5,
@@ -55,7 +55,7 @@ def beam_search(
     limit_B = _limits(model, source_BS, max_length)
     cache = model.start_cache(model.encode(source_BS))
     # One hypothesis per sentence at first: the beams differ from the second word on.
-    tokens_BWT = source_BS.new_full((len(finished), 1, 1), EOS)
+    tokens_BWT = source_BS.new_full((len(finished), 1, 1), model.start)
     scores_BW: Tensor | None = None
     step = 0
     while True:
@@ -104,7 +104,7 @@ def beam_search(
 
 @torch.no_grad()
 def greedy(
-    model: Transformer,
+    model: Teacher,
     source_BS: Tensor,
     *,
     length_penalty: float = 1.0,
@@ -119,7 +119,7 @@ def greedy(
     live_B = torch.arange(num_sentences, device=source_BS.device)
     limit_B = _limits(model, source_BS, max_length)
     cache = model.start_cache(model.encode(source_BS))
-    last_B = source_BS.new_full((num_sentences,), EOS)
+    last_B = source_BS.new_full((num_sentences,), model.start)
     tokens = source_BS.new_full((num_sentences, int(limit_B.max()) + 1), PAD)
     totals: Tensor | None = None
     step = 0
@@ -146,11 +146,11 @@ def greedy(
     ]
 
 
-def _limits(model: Transformer, source_BS: Tensor, max_length: MaxLength) -> Tensor:
+def _limits(model: Teacher, source_BS: Tensor, max_length: MaxLength) -> Tensor:
     """(B,) words before EOS at most."""
     lengths_B = (source_BS != PAD).sum(1)
     limit_B = (lengths_B * max_length[0] + max_length[1]).long()
-    return limit_B.clamp(0, model.architecture.max_positions - 1)
+    return limit_B.clamp(0, model.max_positions - 1)
 
 
 def _continuations(

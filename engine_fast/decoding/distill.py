@@ -34,7 +34,7 @@ from engine_fast.data.shards import ShardWriter
 from engine_fast.decoding.translate import DecodeSettings, Translator
 from engine_fast.distributed.presence import beat
 from engine_fast.errors import CheckpointError, DataError
-from engine_fast.models import LoadedModel, Transformer
+from engine_fast.models import LoadedModel, Teacher
 
 REPORT = "distill.json"
 CORPUS = "corpus"
@@ -81,8 +81,8 @@ def distill(
     Raises VocabularyError when teacher and data differ in vocabulary, CheckpointError for a model without beam search.
     """
     directory = Path(directory)
-    if not isinstance(loaded.model, Transformer):
-        raise CheckpointError(f"distill needs a transformer teacher, got a {loaded.model.kind} model.")
+    if not isinstance(loaded.model, Teacher):
+        raise CheckpointError(f"distill needs a teacher, got a {loaded.model.kind} model.")
     corpus = prepared.split(split)
     corpus.require_vocabularies(loaded.source_vocabulary.fingerprint, loaded.target_vocabulary.fingerprint)
     key = _key(loaded.model, corpus, config)
@@ -149,7 +149,7 @@ def _finished(directory: Path, key: str) -> bool:
     return isinstance(report, dict) and report.get("key") == key
 
 
-def _place(model: Transformer, dtype: torch.dtype, device: torch.device | str) -> Transformer:
+def _place(model: Teacher, dtype: torch.dtype, device: torch.device | str) -> Teacher:
     """The model on the device in the dtype; the caller's own stays as it is."""
     held = next(model.parameters())
     if held.dtype == dtype and held.device == torch.device(device) and not model.training:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from engine_fast.data.symbols import BOS, EOS, MASK, PAD
 from engine_fast.decoding.hypothesis import Hypothesis, score_dtype, top
 from engine_fast.errors import require
-from engine_fast.models import CMLM, Memory
+from engine_fast.models import Student
 
 Rescore = Callable[[Tensor, Tensor], Tensor]
 """(source (N, S), target (N, T)) -> (N,) energies in nats; lower is better."""
@@ -46,7 +47,7 @@ class Candidates:
 
 @torch.no_grad()
 def mask_predict(
-    model: CMLM,
+    model: Student,
     source_BS: Tensor,
     *,
     iterations: int = 1,
@@ -74,7 +75,7 @@ def mask_predict(
 
 @torch.no_grad()
 def mask_predict_n_best(
-    model: CMLM,
+    model: Student,
     source_BS: Tensor,
     *,
     iterations: int = 1,
@@ -98,7 +99,7 @@ def mask_predict_n_best(
     require(length_beam >= 1, "length_beam", length_beam, "at least 1")
     if not source_BS.shape[0]:
         return []
-    positions = model.architecture.max_positions
+    positions = model.max_positions
     max_length = positions if max_length is None else min(max_length, positions)
     require(max_length >= MIN_LENGTH, "max_length", max_length, f"at least {MIN_LENGTH}")
     memory, logits_BL = model.encode(source_BS)
@@ -125,7 +126,7 @@ def mask_predict_n_best(
 
 @torch.no_grad()
 def mask_predict_candidates(
-    model: CMLM, source_BS: Tensor, *, iterations: int = 1, lengths_BK: Tensor, force_end: bool = True
+    model: Student, source_BS: Tensor, *, iterations: int = 1, lengths_BK: Tensor, force_end: bool = True
 ) -> Candidates:
     """Fill every candidate length of every sentence.
 
@@ -152,7 +153,7 @@ def lengths_around(lengths_B: Tensor, num_candidates: int, max_length: int) -> T
     return (lengths_B[:, None] + offsets_K).clamp(MIN_LENGTH, max_length)
 
 
-def _decode(model: CMLM, memory: Memory, *, iterations: int, lengths_BK: Tensor, force_end: bool) -> Candidates:
+def _decode(model: Student, memory: Any, *, iterations: int, lengths_BK: Tensor, force_end: bool) -> Candidates:
     num_sentences, num_candidates = lengths_BK.shape
     lengths_N = lengths_BK.flatten()
     device = lengths_N.device
@@ -178,7 +179,7 @@ def _decode(model: CMLM, memory: Memory, *, iterations: int, lengths_BK: Tensor,
 
 
 def _predict(
-    model: CMLM, memory: Memory, tokens_NT: Tensor, values_NT: Tensor, masked_NT: Tensor, forbidden: list[int]
+    model: Student, memory: Any, tokens_NT: Tensor, values_NT: Tensor, masked_NT: Tensor, forbidden: list[int]
 ) -> None:
     """Give the masked slots their most probable token and its log-probability. Only they meet the vocabulary."""
     hidden_RD = model.decode(memory, tokens_NT)[masked_NT]

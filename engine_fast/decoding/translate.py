@@ -15,11 +15,12 @@ from torch import Tensor
 
 from engine_fast.data.symbols import EOS, MASK, PAD
 from engine_fast.data.vocabulary import Vocabulary
-from engine_fast.decoding.autoregressive import NEVER_EMITTED, MaxLength, beam_search, greedy
+from engine_fast.decoding.autoregressive import NEVER_EMITTED, MaxLength
+from engine_fast.decoding.generate import generate
 from engine_fast.decoding.hypothesis import Hypothesis
 from engine_fast.decoding.mask_predict import Rescore, mask_predict_n_best
 from engine_fast.errors import DataError, require
-from engine_fast.models import CMLM, LoadedModel, Transformer
+from engine_fast.models import LoadedModel, Student, Teacher
 
 Ids = Sequence[int] | NDArray[np.integer]
 
@@ -85,19 +86,19 @@ class Translator:
 
     def __post_init__(self) -> None:
         width = self.width
-        name = "beam" if isinstance(self.loaded.model, Transformer) else "length_beam"
+        name = "beam" if isinstance(self.loaded.model, Teacher) else "length_beam"
         require(self.settings.n_best <= width, "n_best", self.settings.n_best, f"at most {name} = {width}")
-        if self.rescore is not None and isinstance(self.loaded.model, Transformer):
+        if self.rescore is not None and isinstance(self.loaded.model, Teacher):
             warnings.warn("a teacher's beam search has no length candidates: rescore has no effect", stacklevel=3)
 
     @property
     def width(self) -> int:
         """Hypotheses decoded at once per sentence."""
-        return self.settings.beam if isinstance(self.loaded.model, Transformer) else self.settings.length_beam
+        return self.settings.beam if isinstance(self.loaded.model, Teacher) else self.settings.length_beam
 
     @property
     def max_positions(self) -> int:
-        own = self.loaded.model.architecture.max_positions
+        own = self.loaded.model.max_positions
         return own if self.settings.max_positions is None else min(own, self.settings.max_positions)
 
     def translate(self, lines: Iterable[str], *, lengths: Iterable[int] | None = None) -> Iterator[str]:
@@ -191,7 +192,7 @@ class Translator:
         model, settings = self.loaded.model, self.settings
         device = next(model.parameters()).device
         source_BS = pad_rows(rows).to(device)
-        if isinstance(model, CMLM):
+        if isinstance(model, Student):
             ranked = mask_predict_n_best(
                 model,
                 source_BS,
@@ -205,19 +206,14 @@ class Translator:
             return [hypotheses[: settings.n_best] for hypotheses in ranked]
         if sizes is not None:
             raise DataError("target lengths are known only to a student. Leave them out for a teacher's beam search.")
-        forbidden = never_emitted(self.loaded.target_vocabulary)
-        penalty, max_length = settings.length_penalty, settings.max_length
-        if settings.beam == 1:
-            found = greedy(model, source_BS, length_penalty=penalty, max_length=max_length, forbidden=forbidden)
-            return [[best] for best in found]
-        return beam_search(
+        return generate(
             model,
             source_BS,
             beam=settings.beam,
             n_best=settings.n_best,
-            length_penalty=penalty,
-            max_length=max_length,
-            forbidden=forbidden,
+            length_penalty=settings.length_penalty,
+            max_length=settings.max_length,
+            forbidden=never_emitted(self.loaded.target_vocabulary),
         )
 
     def _cut(self, row: list[int], number: int) -> list[int]:

@@ -102,11 +102,11 @@ class Engine:
     def eval(self) -> None:
         self._engine.eval()
 
-    def prepare(self, batches: Sequence[Any]) -> None:
-        """Let the objective do once what it can for all micro-batches of an update."""
+    def prepare(self, batches: Sequence[Any], *, done: float) -> None:
+        """Let the objective do once what it can for all micro-batches of an update; `done`, 0 to 1, of the stage."""
         prepare = getattr(self._objective, "prepare", None)
         if prepare is not None:
-            prepare(batches)
+            prepare(batches, done=done)
 
     def backward(self, batch: Any, *, num_target_tokens: int, weight: float = 1.0) -> dict[str, Tensor]:
         """Add the gradients of weight * total / num_target_tokens; returns the objective's sums.

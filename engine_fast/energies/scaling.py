@@ -8,13 +8,12 @@ again, in float32. The factor is a power of two, so nothing is rounded on the wa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine_fast.models import EncoderDecoder
+from engine_fast.models import Student, Through
 
 
 class GradientScale:
@@ -47,16 +46,17 @@ class GradientScale:
 class ScaledHead:
     """A student whose head works inside of the scale, and whose states and weights get gradients outside of it."""
 
-    def __init__(self, student: EncoderDecoder, scale: GradientScale) -> None:
+    def __init__(self, student: Student, scale: GradientScale) -> None:
         self._student, self._scale = student, scale
 
     def project(self, hidden: Tensor) -> Tensor:
         return self._scale.leave(self._student.project(hidden))
 
-    def project_through(self, hidden: Tensor, through: Callable[[Tensor, Tensor], Any]) -> Any:
-        return self._student.project_through(
-            self._scale.leave(hidden), lambda inner, weight: through(inner, self._scale.leave(weight))
-        )
+    def project_through(self, hidden: Tensor, through: Through) -> Any:
+        def scaled(inner: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            return through(inner, self._scale.leave(weight), None if bias is None else self._scale.leave(bias))
+
+        return self._student.project_through(self._scale.leave(hidden), scaled)
 
 
 class _Watch(torch.autograd.Function):

@@ -32,7 +32,7 @@ from engine_fast.evaluation.records import Measured, Records, as_lines
 from engine_fast.evaluation.results import machine, versions
 from engine_fast.evaluation.shares import decode_share, latency, merge, score_share
 from engine_fast.evaluation.systems import Decode, System, decoder_of, roles_of, systems_of
-from engine_fast.models import CMLM, Transformer, load_model
+from engine_fast.models import Student, Teacher, load_model
 
 Say = Callable[[str], None]
 
@@ -121,15 +121,13 @@ class _Bench:
         self.reference_ids = [[int(token) for token in self._corpus.target(i)] for i in range(len(self._corpus))]
 
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self._settings.precision]
-        self._models: dict[str, Transformer | CMLM] = {
+        self._models: dict[str, Teacher | Student] = {
             role: load_model(path / "model", dtype=dtype, device=world.device).model
             for role, path in directories.items()
         }
-        judge = load_model(
-            directories["teacher"] / "model", dtype=torch.float32, device=world.device, kind="transformer"
-        )
+        judge = load_model(directories["teacher"] / "model", dtype=torch.float32, device=world.device, kind="teacher")
         self._judge = _teacher(judge.model)
-        longest = min(model.architecture.max_positions for model in self._models.values())
+        longest = min(model.max_positions for model in self._models.values())
         self.num_cut = int((self._corpus.source_lengths > longest).sum())
         # a model's config.json holds the hash of its weights, which load_model has compared
         models = {role: (path / "model" / "config.json").read_text("utf-8") for role, path in directories.items()}
@@ -235,11 +233,11 @@ class _Bench:
     def _load(self, system: System) -> _Loaded:
         model, reranker = self._models[system.role], _teacher(self._models["teacher"])
         decode = decoder_of(system, model, reranker, length_penalty=self._settings.length_penalty)
-        return _Loaded(decode, model.architecture.max_positions)
+        return _Loaded(decode, model.max_positions)
 
 
-def _teacher(model: Transformer | CMLM) -> Transformer:
-    assert isinstance(model, Transformer)
+def _teacher(model: Teacher | Student) -> Teacher:
+    assert isinstance(model, Teacher)
     return model
 
 

@@ -24,7 +24,7 @@ from engine_fast.distributed import World
 from engine_fast.distributed.presence import beat
 from engine_fast.energies import discrete_energy
 from engine_fast.evaluation.systems import Decode
-from engine_fast.models import Transformer
+from engine_fast.models import Teacher
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ def decode_share(
 
 @torch.no_grad()
 def score_share(
-    judge: Transformer,
+    judge: Teacher,
     corpus: ParallelCorpus,
     ids: Sequence[Sequence[int]],
     *,
@@ -82,7 +82,7 @@ def score_share(
 ) -> dict[int, float]:
     """Sentence -> E(x, y) = -log p(y | x) in nats; y as the decoder left it. `ids` are those of the whole split."""
     longest = [max(len(tokens), int(source)) for tokens, source in zip(ids, corpus.source_lengths, strict=True)]
-    limit = judge.architecture.max_positions
+    limit = judge.max_positions
     found: dict[int, float] = {}
     for indices in deal(token_batches(longest, max_tokens), world):
         beat(f"evaluate: energies of {label}")

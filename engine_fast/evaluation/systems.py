@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from engine_fast.config import EvaluateConfig
-from engine_fast.decoding.autoregressive import beam_search, greedy
+from engine_fast.decoding.generate import generate
 from engine_fast.decoding.hypothesis import Hypothesis
 from engine_fast.decoding.mask_predict import mask_predict
 from engine_fast.energies import discrete_energy
-from engine_fast.models import CMLM, Transformer
+from engine_fast.models import Student, Teacher
 
 Decode = Callable[[Tensor, Tensor | None], list[Hypothesis]]
 """(source (B, S) ids, oracle target lengths (B,) or None) -> one hypothesis per sentence."""
@@ -78,16 +78,14 @@ def roles_of(config: EvaluateConfig) -> list[Role]:
     return [role for role in roles if role in used or role == "teacher"]
 
 
-def decoder_of(system: System, model: Transformer | CMLM, judge: Transformer, *, length_penalty: float = 1.0) -> Decode:
+def decoder_of(system: System, model: Teacher | Student, judge: Teacher, *, length_penalty: float = 1.0) -> Decode:
     """The system as a function. `judge` is the teacher that reranks; `length_penalty` is the teacher's, too."""
-    if system.role == "teacher":
-        teacher = cast(Transformer, model)
-        if system.beam == 1:
-            return lambda source_BS, _: greedy(teacher, source_BS, length_penalty=length_penalty)
+    if isinstance(model, Teacher):
+        teacher = model
         return lambda source_BS, _: [
-            best[0] for best in beam_search(teacher, source_BS, beam=system.beam, length_penalty=length_penalty)
+            best[0] for best in generate(teacher, source_BS, beam=system.beam, length_penalty=length_penalty)
         ]
-    student = cast(CMLM, model)
+    student = model
 
     def energy(source_NS: Tensor, target_NT: Tensor) -> Tensor:
         with torch.no_grad():

@@ -1,9 +1,11 @@
-"""The networks: an autoregressive teacher, the CMLM student, and their directories on disk."""
+"""The networks: autoregressive teachers, non-autoregressive students, and their directories on disk."""
 
 from engine_fast.models.cmlm import CMLM
+from engine_fast.models.protocols import Network, Student, Teacher, Through
 from engine_fast.models.stacks import EncoderDecoder, Memory
 from engine_fast.models.store import LoadedModel, load_model, save_model
-from engine_fast.models.transformer import Cache, Transformer, freeze, shift_right
+from engine_fast.models.targets import reverse_words, shift_right
+from engine_fast.models.transformer import Cache, Transformer, freeze
 
 __all__ = [
     "CMLM",
@@ -11,9 +13,14 @@ __all__ = [
     "EncoderDecoder",
     "LoadedModel",
     "Memory",
+    "Network",
+    "Student",
+    "Teacher",
+    "Through",
     "Transformer",
     "freeze",
     "load_model",
+    "reverse_words",
     "save_model",
     "shift_right",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine_fast.config import Architecture
 from engine_fast.data.symbols import PAD
+from engine_fast.models.protocols import Student
 from engine_fast.models.stacks import EncoderDecoder, Memory
 
 
@@ -29,7 +30,7 @@ class LengthTable(nn.Module):
         return logits_BL.masked_fill(forbidden, float("-inf"))
 
 
-class CMLM(EncoderDecoder):
+class CMLM(EncoderDecoder, Student):
     """CMLM (Ghazvininejad et al. 2019): ENGINE's inference network.
 
     A learned length token stands in front of the source; its encoder output, times the table of length classes
@@ -37,6 +38,7 @@ class CMLM(EncoderDecoder):
     """
 
     kind = "cmlm"
+    refines = True
 
     def __init__(self, architecture: Architecture, source_size: int, target_size: int) -> None:
         super().__init__(architecture, source_size, target_size)
@@ -51,8 +53,3 @@ class CMLM(EncoderDecoder):
     def decode(self, memory: Memory, tokens_BT: Tensor) -> Tensor:
         """(B, T, D) hidden states; every position sees all positions that are not PAD."""
         return self.decoder(memory, self.decoder.embedding(tokens_BT), tokens_BT != PAD)  # type: ignore[no-any-return]
-
-    def length_log_probs(self, source_BS: Tensor) -> Tensor:
-        """(B, L) float32 log-probabilities of the target length, end symbol included."""
-        _, logits_BL = self.encode(source_BS)
-        return logits_BL.log_softmax(-1) if logits_BL.dtype == torch.float64 else logits_BL.float().log_softmax(-1)

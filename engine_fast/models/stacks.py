@@ -20,6 +20,7 @@ from engine_fast.data.symbols import PAD
 from engine_fast.errors import DataError
 from engine_fast.models.dropout import dropout
 from engine_fast.models.layers import DecoderLayer, EncoderLayer, LearnedPositions, SinusoidalPositions
+from engine_fast.models.protocols import Network, Through
 
 
 @dataclass(frozen=True)  # no slots: ZeRO stage 3 looks for the tensors in vars(output)
@@ -44,6 +45,15 @@ class Table(nn.Embedding):
         return super().forward(ids) if through is None else through(ids, self.weight)
 
 
+def require_positions(length: int, max_positions: int) -> None:
+    """Raises DataError for a side longer than the network's positions."""
+    if length > max_positions:
+        raise DataError(
+            f"a sentence of {length} tokens, end symbol included, exceeds the model's max_positions = {max_positions}. "
+            "Filter or truncate it, or train with more positions."
+        )
+
+
 class Stack(nn.Module):
     """Token embedding, positions, layers, and the final norm that pre-norm needs."""
 
@@ -62,11 +72,7 @@ class Stack(nn.Module):
     def place(self, embedded_BTD: Tensor, start: int = 0) -> Tensor:
         """Scale unscaled embeddings and add positions start, start+1, ..."""
         length = embedded_BTD.shape[1]
-        if start + length > self.config.max_positions:
-            raise DataError(
-                f"a sentence of {start + length} tokens, end symbol included, exceeds the model's "
-                f"max_positions = {self.config.max_positions}. Filter or truncate it, or train with more positions."
-            )
+        require_positions(start + length, self.config.max_positions)
         positions_TD: Tensor = self.positions(start, length)
         return embedded_BTD * self.scale + positions_TD.to(embedded_BTD.dtype)  # DeepSpeed casts no buffers
 
@@ -113,15 +119,15 @@ class Decoder(Stack):
 class Head(nn.Linear):
     """The vocabulary's matrix, (V, D). A fused operator is called through it: under ZeRO-3 it is whole only in here."""
 
-    def forward(self, hidden: Tensor, through: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
-        """(..., D) -> (..., V) logits; or whatever through(hidden, weight) makes of them."""
-        return super().forward(hidden) if through is None else through(hidden, self.weight)
+    def forward(self, hidden: Tensor, through: Through | None = None) -> Any:
+        """(..., D) -> (..., V) logits; or whatever through(hidden, weight, bias) makes of them."""
+        return super().forward(hidden) if through is None else through(hidden, self.weight, self.bias)
 
 
-class EncoderDecoder(nn.Module):
-    """What both kinds share: two stacks, one output table, tying and initialisation."""
+class EncoderDecoder(Network):
+    """What both transformers share: two stacks, one output table, tying and initialisation."""
 
-    kind: str
+    architecture: Architecture
 
     def __init__(self, architecture: Architecture, source_size: int, target_size: int) -> None:
         super().__init__()
@@ -156,9 +162,13 @@ class EncoderDecoder(nn.Module):
         """(..., D) decoder outputs -> (..., V) logits."""
         return self.output(hidden)  # type: ignore[no-any-return]
 
-    def project_through(self, hidden: Tensor, through: Callable[[Tensor, Tensor], Any]) -> Any:
-        """through(hidden, the head's (V, D) weight), where the weight is whole."""
+    def project_through(self, hidden: Tensor, through: Through) -> Any:
+        """through(hidden, the head's (V, D) weight, its bias), where they are whole."""
         return self.output(hidden, through)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(...,) target ids -> (..., D) unscaled rows of the decoder's table."""
+        return self.decoder.embedding(ids)  # type: ignore[no-any-return]
 
     def embed_through(self, x: Tensor, through: Callable[[Tensor, Tensor], Any]) -> Any:
         """through(x, the decoder's (V, D) input embeddings), where these are whole."""

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -17,23 +17,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from engine_fast import __version__
-from engine_fast.config import Architecture
+from engine_fast.config import AnyArchitecture, Architecture
 from engine_fast.data.vocabulary import Vocabulary, load_vocabulary, save_pair
 from engine_fast.errors import CheckpointError, DataError, VocabularyError
 from engine_fast.models.cmlm import CMLM
-from engine_fast.models.stacks import EncoderDecoder
+from engine_fast.models.protocols import Network, Student, Teacher
 from engine_fast.models.transformer import Transformer
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
-KINDS: dict[str, type[Transformer] | type[CMLM]] = {"transformer": Transformer, "cmlm": CMLM}
+KINDS: dict[str, type[Teacher] | type[Student]] = {"transformer": Transformer, "cmlm": CMLM}
+"""Networks by the name that a model directory has for them."""
+_BY_ARCHITECTURE: dict[tuple[str, str], type[Teacher] | type[Student]] = {
+    ("teacher", "transformer"): Transformer,
+    ("student", "transformer"): CMLM,
+}
+_ARCHITECTURES: dict[str, type[AnyArchitecture]] = {"transformer": Architecture, "cmlm": Architecture}
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model in eval mode with everything needed to turn text into text."""
 
-    model: Transformer | CMLM
+    model: Teacher | Student
     source_vocabulary: Vocabulary
     target_vocabulary: Vocabulary
     card: dict[str, Any]
@@ -42,7 +48,7 @@ class LoadedModel:
 
 def save_model(
     directory: str | Path,
-    model: EncoderDecoder,
+    model: Network,
     source_vocabulary: Vocabulary,
     target_vocabulary: Vocabulary,
     *,
@@ -109,13 +115,13 @@ def load_model(
     device: torch.device | str = "cpu",
     kind: str | None = None,
 ) -> LoadedModel:
-    """Read a model directory; `kind` refuses the other kind.
+    """Read a model directory; `kind`, one of KINDS or "teacher" or "student", refuses the others.
 
     Raises CheckpointError for a missing, damaged or newer directory, VocabularyError for a changed vocabulary file.
     """
     directory = Path(directory)
     config = _read_config(directory)
-    if kind is not None and config["kind"] != kind:
+    if kind is not None and kind not in (config["kind"], _role(config["kind"])):
         raise CheckpointError(
             f"{directory}: holds a {config['kind']} model, expected a {kind} model. Give the other directory."
         )
@@ -123,7 +129,7 @@ def load_model(
     if vocabularies[0].fingerprint == vocabularies[1].fingerprint:
         vocabularies[1] = vocabularies[0]
     try:
-        architecture = Architecture.model_validate(config["architecture"])
+        architecture = read_architecture(config["kind"], config["architecture"])
     except ValidationError as error:
         raise CheckpointError(f"{directory}/config.json: the architecture cannot be used ({error}).") from error
     model = KINDS[config["kind"]](architecture, len(vocabularies[0]), len(vocabularies[1]))
@@ -136,10 +142,29 @@ def load_model(
         raise CheckpointError(f"{weights}: missing or damaged ({error}). Export or train the model again.") from error
     load_unique_state(model, state, str(weights))
     model.to(device=device, dtype=dtype).eval()
-    return LoadedModel(model, vocabularies[0], vocabularies[1], config.get("card", {}))
+    card = config.get("card", {})
+    if isinstance(model, Teacher):
+        model.right_to_left = bool(card.get("right_to_left"))
+    return LoadedModel(model, vocabularies[0], vocabularies[1], card)
 
 
-def unique_state(model: EncoderDecoder) -> dict[str, torch.Tensor]:
+def new_network(
+    role: Literal["teacher", "student"], architecture: AnyArchitecture, source_size: int, target_size: int
+) -> Teacher | Student:
+    """A network of random weights, as its section of the configuration describes it."""
+    return _BY_ARCHITECTURE[role, architecture.kind](architecture, source_size, target_size)
+
+
+def read_architecture(kind: str, tree: Any) -> AnyArchitecture:
+    """The architecture of a model of that kind. Raises pydantic's ValidationError."""
+    return _ARCHITECTURES[kind].model_validate(tree)
+
+
+def _role(kind: str) -> str:
+    return "teacher" if issubclass(KINDS[kind], Teacher) else "student"
+
+
+def unique_state(model: Network) -> dict[str, torch.Tensor]:
     """The state dict with a tied tensor under its first name only."""
     seen: set[int] = set()
     state = {}
@@ -150,7 +175,7 @@ def unique_state(model: EncoderDecoder) -> dict[str, torch.Tensor]:
     return state
 
 
-def load_unique_state(model: EncoderDecoder, state: dict[str, torch.Tensor], origin: str) -> None:
+def load_unique_state(model: Network, state: dict[str, torch.Tensor], origin: str) -> None:
     """Copy a unique_state into the model. Raises CheckpointError that names the first tensor that does not fit."""
     expected = unique_state(model)
     for name in sorted(expected.keys() | state.keys()):
@@ -168,7 +193,7 @@ def load_unique_state(model: EncoderDecoder, state: dict[str, torch.Tensor], ori
             tensor.copy_(state[name])
 
 
-def copy_matching(model: EncoderDecoder, donor: EncoderDecoder) -> tuple[int, int]:
+def copy_matching(model: Network, donor: Network) -> tuple[int, int]:
     """Start `model` from the tensors of `donor` whose names and shapes agree; returns (copied, all) tensor counts."""
     own, other = unique_state(model), unique_state(donor)
     shared = [name for name in own if name in other and own[name].shape == other[name].shape]

@@ -5,20 +5,17 @@ B sentences, S source positions, T target positions, V vocabulary, D width.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TypeVar
 
-from engine_fast.data.symbols import EOS
+import torch
+from torch import Tensor, nn
+
 from engine_fast.models.layers import DecoderLayer
+from engine_fast.models.protocols import Teacher
 from engine_fast.models.stacks import EncoderDecoder, Memory
 
 KeysValues = tuple[Tensor, Tensor]
-
-
-def shift_right(target_BT: Tensor) -> Tensor:
-    """The decoder's input for a target: the end symbol, then all but the last slot."""
-    return F.pad(target_BT[:, :-1], (1, 0), value=EOS)
+AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
 
 
 class Cache:
@@ -44,7 +41,7 @@ class Cache:
             self.cross = [(k.index_select(0, indices_B), v.index_select(0, indices_B)) for k, v in self.cross]
 
 
-class Transformer(EncoderDecoder):
+class Transformer(EncoderDecoder, Teacher):
     """Autoregressive encoder-decoder (Vaswani et al. 2017); ENGINE's teacher, or any baseline.
 
     Sources and targets are ids that end in EOS, right padded with PAD. Right padding needs no target mask: a
@@ -58,7 +55,7 @@ class Transformer(EncoderDecoder):
 
     def decode(self, memory: Memory, decoder_input_BT: Tensor) -> Tensor:
         """(B, T, D) hidden states; position t has read decoder_input[0..t]."""
-        return self.forward_embedded(memory, self.decoder.embedding(decoder_input_BT))
+        return self.forward_embedded(memory, self.embed(decoder_input_BT))
 
     def forward_embedded(self, memory: Memory, embedded_BTD: Tensor) -> Tensor:
         """decode() of relaxed inputs: rows of `embedding_table`, or mixtures of them; scaled and positioned here.
@@ -76,7 +73,7 @@ class Transformer(EncoderDecoder):
 
     def step(self, tokens_B: Tensor, cache: Cache) -> Tensor:
         """(B, V) logits of the next token after `tokens_B` at position cache.length; the cache grows by one."""
-        x = self.decoder.place(self.decoder.embedding(tokens_B[:, None]), start=cache.length)
+        x = self.decoder.place(self.embed(tokens_B[:, None]), start=cache.length)
         for i in range(self._depth):
             x, cache.past[i] = self._layer(i).step(x, cache.past[i], cache.cross[i], cache.mask)
         cache.length += 1
@@ -92,7 +89,7 @@ class Transformer(EncoderDecoder):
         return layer
 
 
-def freeze(model: Transformer, *, dtype: torch.dtype | None = None, dropout: bool = False) -> Transformer:
+def freeze(model: AnyNetwork, *, dtype: torch.dtype | None = None, dropout: bool = False) -> AnyNetwork:
     """The model with no weight gradients, in `dtype`, in eval mode unless dropout is asked for. In place."""
     model.requires_grad_(False)
     model.train(dropout)

@@ -78,7 +78,7 @@ class _Bodies:
 
     def distill(self, directory: Path) -> None:
         world = self._world
-        teacher = load_model(self._teacher() / "model", device=world.device, kind="transformer")
+        teacher = load_model(self._teacher() / "model", device=world.device, kind="teacher")
         distill(
             teacher, self._prepared(), self._config.distill, directory,
             rank=world.rank, world_size=world.size, device=world.device,

@@ -11,12 +11,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from engine_fast.config import Architecture
+from engine_fast.config import AnyArchitecture
 from engine_fast.data.vocabulary import Vocabulary, load_vocabulary
 from engine_fast.distributed import CheckpointStore, Snapshot, World
 from engine_fast.errors import CheckpointError, ConfigError, VocabularyError
-from engine_fast.models import CMLM, Transformer, save_model
-from engine_fast.models.store import KINDS, is_model_directory
+from engine_fast.models import Student, Teacher, save_model
+from engine_fast.models.store import KINDS, is_model_directory, read_architecture
 from engine_fast.training.run_directory import VOCABULARY, read_record
 
 _TRIES = 5
@@ -37,7 +37,7 @@ def export(stage: Path, to: Path, checkpoint: str, *, say: Callable[[str], None]
     description = record["model"]
     vocabularies = _vocabulary(stage / "vocabulary", "source"), _vocabulary(stage / "vocabulary", "target")
     try:
-        architecture = Architecture.model_validate(description["architecture"])
+        architecture = read_architecture(description["kind"], description["architecture"])
     except ValidationError as error:
         raise CheckpointError(f"{stage / 'run.json'}: the architecture cannot be used ({error}).") from error
     origin, weights = str(store.directory / name), store.weights(name)
@@ -47,14 +47,14 @@ def export(stage: Path, to: Path, checkpoint: str, *, say: Callable[[str], None]
 
 
 def assemble(
-    kind: type[Transformer] | type[CMLM],
-    architecture: Architecture,
+    kind: type[Teacher] | type[Student],
+    architecture: AnyArchitecture,
     source: Vocabulary,
     target: Vocabulary,
     weights: dict[str, Tensor],
     *,
     origin: str,
-) -> Transformer | CMLM:
+) -> Teacher | Student:
     """A model with a snapshot's weights. Raises CheckpointError that names a tensor which does not fit."""
     model = kind(architecture, len(source), len(target))
     with torch.no_grad():

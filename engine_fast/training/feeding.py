@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from engine_fast.config import Architecture, BatchConfig
+from engine_fast.config import AnyArchitecture, BatchConfig
 from engine_fast.data.batching import Batch, BatchPlan, Indices, Lengths, Update
 from engine_fast.data.symbols import PAD
 from engine_fast.distributed import World
@@ -39,7 +39,9 @@ class Subset:
         return self._corpus.collate(self._chosen[np.asarray(indices, dtype=np.int64)])
 
 
-def fitting(corpus: Corpus, architecture: Architecture, *, what: str, has_length_classes: bool) -> tuple[Corpus, int]:
+def fitting(
+    corpus: Corpus, architecture: AnyArchitecture, *, what: str, has_length_classes: bool
+) -> tuple[Corpus, int]:
     """The sentences that the model has positions (and a CMLM a length class) for, and the number of the others.
 
     Raises DataError if nothing is left.

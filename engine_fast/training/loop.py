@@ -104,7 +104,8 @@ class Trainer:
         lr = learning_rate(self.config.optim, progress.update, self.config.max_updates)
         feed = self._feeder.take()
         require_agreement(self._world, self._facts(feed, lr), f"{self.stage}, update {progress.update + 1}")
-        self._engine.prepare([batch for batch, _ in feed.batches])
+        done = progress.update / max(1, self.config.max_updates - 1)
+        self._engine.prepare([batch for batch, _ in feed.batches], done=done)
         for turn, (batch, weight) in enumerate(feed.batches):
             number = turn * self._world.size + self._world.rank
             beat(f"{self.stage}: update {progress.update + 1}, micro-batch {number + 1}")

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine_fast.config import CMLMConfig, EngineConfig, TeacherConfig
+from engine_fast.config import CMLMConfig, EngineConfig, TeacherConfig, TemperatureSchedule
 from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import EOS, MASK, PAD
+from engine_fast.decoding.mask_predict import MIN_LENGTH
 from engine_fast.energies import (
+    Energy,
     GivenLogits,
     GradientScale,
     KeptLogits,
@@ -26,13 +28,11 @@ from engine_fast.energies import (
     Relaxation,
     ScaledHead,
     inner_positions,
-    relaxed_energy,
-    token_energies,
 )
-from engine_fast.models import CMLM, Memory, Transformer, shift_right
+from engine_fast.models import Student, Teacher, reverse_words, shift_right
 
 T = TypeVar("T")
-Within = Callable[[Callable[[Transformer], Any]], Any]
+Within = Callable[[Callable[[Any], Any]], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +48,18 @@ class Loss:
 class TeacherObjective(nn.Module):
     """Label-smoothed cross-entropy of the references: (1-eps) * nll + eps/V * sum_v nll_v."""
 
-    def __init__(self, model: Transformer, config: TeacherConfig) -> None:
+    def __init__(self, model: Teacher, config: TeacherConfig) -> None:
         super().__init__()
         self.trained = model
         self.label_smoothing = config.label_smoothing
 
     def forward(self, batch: Batch) -> Loss:
         memory = self.trained.encode(batch.source)
-        hidden_BTD = self.trained.decode(memory, shift_right(batch.target))
         real_BT = batch.target != PAD
+        target_BT = reverse_words(batch.target, real_BT) if self.trained.right_to_left else batch.target
+        hidden_BTD = self.trained.decode(memory, shift_right(target_BT, self.trained.start))
         logits_NV = self.trained.project(hidden_BTD[real_BT])
-        total, nll = smoothed_cross_entropy(logits_NV, batch.target[real_BT], self.label_smoothing)
+        total, nll = smoothed_cross_entropy(logits_NV, target_BT[real_BT], self.label_smoothing)
         return Loss(total, _stats(batch, loss=total, nll=nll))
 
 
@@ -66,17 +67,18 @@ class CMLMObjective(nn.Module):
     """Cross-entropy of uniformly many masked tokens given the rest, plus the length loss.
 
     Each sentence of n tokens (end symbol included) has 1..n of them masked, uniformly; only these are predicted.
-    In eval mode everything is masked, as in one-pass decoding.
+    In eval mode everything is masked, as in one-pass decoding; and always for a student that does not refine, which
+    reads no words.
     """
 
-    def __init__(self, student: CMLM, config: CMLMConfig) -> None:
+    def __init__(self, student: Student, config: CMLMConfig) -> None:
         super().__init__()
         self.trained = student
         self.label_smoothing, self.length_loss_weight = config.label_smoothing, config.length_loss_weight
 
     def forward(self, batch: Batch) -> Loss:
         real_BT = batch.target != PAD
-        masked_BT = draw_masks(real_BT) if self.training else real_BT
+        masked_BT = draw_masks(real_BT) if self.training and self.trained.refines else real_BT
         return self.loss_of(batch, masked_BT)
 
     def loss_of(self, batch: Batch, masked_BT: Tensor) -> Loss:
@@ -96,28 +98,28 @@ class CMLMObjective(nn.Module):
 class EngineObjective(nn.Module):
     """ENGINE (paper, eq. 1): relaxed energy + length_loss_weight * length loss + alpha * cross-entropy.
 
-    The student sees masks at every real position. The teacher is frozen: its encoder runs once without a graph,
-    its decoder passes gradients to the student's logits only; a float16 one beside a float32 student at a scale that
-    float16 can hold. `within(use)` is use(teacher) where the teacher's weights are whole, for one that is sharded.
+    The student sees masks at every real position. The teachers behind `energy` are frozen: their encoders run once
+    without a graph, their decoders pass gradients to the student's logits only; float16 ones beside a float32 student
+    at a scale that float16 can hold. `within(use)` calls use(_) where the weights of a sharded teacher are whole.
     """
 
-    def __init__(
-        self, student: CMLM, teacher: Transformer, config: EngineConfig, *, within: Within | None = None
-    ) -> None:
+    def __init__(self, student: Student, energy: Energy, config: EngineConfig, *, within: Within | None = None) -> None:
         super().__init__()
         self.trained = student
-        # Tuples are not submodules: the teacher is never sharded with the student, saved or trained.
-        self._teacher, self._within = (teacher,), (within,)
-        self._memories: dict[int, Memory] = {}
+        # Energies are no modules: a teacher is never sharded with the student, saved or trained.
+        self.energy, self._within = energy, (within,)
+        self._memories: dict[int, Any] = {}
         self.config = config
-        self.relaxation = Relaxation(config.o1, config.o2, config.temperature, config.stl_logits)
+        self.relaxation = Relaxation(config.o1, config.o2, config.temperature, stl_logits=config.stl_logits)
+        self._now = self.relaxation
         self._whole_log_probabilities = "STL" in (config.o1, config.o2) and config.stl_logits == "log_probabilities"
         self._warn_of_whole_logits()
 
     def _warn_of_whole_logits(self) -> None:
         config = self.config
-        reason = "cross_entropy_weight" if config.cross_entropy_weight else "stl_logits"
-        if config.head_memory == "recompute" and (config.cross_entropy_weight or self._whole_log_probabilities):
+        reasons = [name for name in ("cross_entropy_weight", "repetition_weight") if getattr(config, name)]
+        reason = (reasons or ["stl_logits"])[0]
+        if config.head_memory == "recompute" and (reasons or self._whole_log_probabilities):
             warnings.warn(
                 f"engine.head_memory = 'recompute' has no effect: engine.{reason} = {getattr(config, reason)!r} needs "
                 "the student's logits whole.",
@@ -125,37 +127,48 @@ class EngineObjective(nn.Module):
             )
 
     @property
-    def teacher(self) -> Transformer:
-        return self._teacher[0]
+    def teachers(self) -> tuple[Teacher, ...]:
+        return self.energy.teachers
 
-    def prepare(self, batches: Sequence[Batch]) -> None:
-        """The teacher's encoder states of an update's micro-batches, made now, for the forward() of each.
+    def prepare(self, batches: Sequence[Batch], *, done: float) -> None:
+        """The teacher's encoder states of an update's micro-batches, made now, for the forward() of each; and O1's
+        temperature after `done`, 0 to 1, of the stage.
 
         A sharded teacher encodes in forward(): its layers are then gathered in one order, which can be foreseen. One
         with dropout does too: each micro-batch has a seed of its own, whoever computes it.
         """
-        if self._within[0] is None and not self.teacher.training:
+        schedule = self.config.o1_temperature
+        if schedule is not None:
+            self._now = replace(self.relaxation, o1_temperature=temperature_at(schedule, done))
+        if self._within[0] is None and not any(teacher.training for teacher in self.teachers):
             with torch.no_grad():
-                self._memories = {id(batch): self.teacher.encode(batch.source) for batch in batches}
+                self._memories = {id(batch): self.energy.encode(batch.source) for batch in batches}
 
     def forward(self, batch: Batch, *, noise: tuple[Tensor | None, Tensor | None] = (None, None)) -> Loss:
-        hidden_BTD, length_logits_BL = self._student_states(batch)
-        real_BT, inner_BT = batch.target != PAD, inner_positions(batch.target)
+        memory, length_logits_BL = self.trained.encode(batch.source)
+        target_BT = slots_of(length_logits_BL) if self.config.predicted_lengths else batch.target
+        hidden_BTD = self.trained.decode(memory, torch.where(target_BT != PAD, MASK, PAD))
+        real_BT, inner_BT = target_BT != PAD, inner_positions(target_BT)
         scale = self._scale(hidden_BTD)
         logits = self._logits(hidden_BTD[inner_BT], self.trained if scale is None else ScaledHead(self.trained, scale))
 
-        def energy_under(teacher: Transformer) -> Tensor:
-            memory = self._memories.pop(id(batch), None)
-            if memory is None:
+        def score() -> Tensor:
+            of_teachers = self._memories.pop(id(batch), None)
+            if of_teachers is None:
                 with torch.no_grad():
-                    memory = teacher.encode(batch.source)
-            return relaxed_energy(teacher, memory, logits, batch.target, self.relaxation, noise=noise, reduction="sum")
+                    of_teachers = self.energy.encode(batch.source)
+            return self.energy.score_relaxed(of_teachers, logits, target_BT, self._now, noise=noise, reduction="sum")
 
-        energy = self._with_teacher(energy_under)
+        energy = self._with_teachers(score)
         energy = energy if scale is None else scale.enter(energy)
         length_loss, length_correct = length_cross_entropy(length_logits_BL, batch.target)
         total = energy + self.config.length_loss_weight * length_loss
         stats = {"energy": energy, "length_loss": length_loss, "length_correct": length_correct}
+        if self.config.repetition_weight:
+            assert not isinstance(logits, RecomputedLogits)
+            z_MV = logits.z_MV if scale is None else scale.enter(logits.z_MV)
+            stats["repetition"] = expected_repetitions(z_MV, inner_BT)
+            total = total + self.config.repetition_weight * stats["repetition"]
         if self.config.cross_entropy_weight:
             assert not isinstance(logits, RecomputedLogits)
             z_MV, end_BV = logits.z_MV, self.trained.project(hidden_BTD[real_BT & ~inner_BT])
@@ -173,39 +186,36 @@ class EngineObjective(nn.Module):
 
         Both use the lengths of batch.target and put the end symbol in the last slot (paper, section 4.4).
         """
-        hidden_BTD, length_logits_BL = self._student_states(batch)
+        memory, length_logits_BL = self.trained.encode(batch.source)
+        hidden_BTD = self.trained.decode(memory, torch.where(batch.target != PAD, MASK, PAD))
         z_MV = self.trained.project(hidden_BTD[inner_positions(batch.target)])
         words_BT = batch.target.masked_scatter(inner_positions(batch.target), z_MV.argmax(-1))
 
-        def both_under(teacher: Transformer) -> tuple[Tensor, Tensor]:
-            memory = teacher.encode(batch.source)
-            relaxed = relaxed_energy(teacher, memory, z_MV, batch.target, self.relaxation, reduction="sum")
-            return relaxed, token_energies(teacher, memory, words_BT, real_BT=batch.target != PAD).sum()
+        def score() -> tuple[Tensor, Tensor]:
+            of_teachers = self.energy.encode(batch.source)
+            relaxed = self.energy.score_relaxed(of_teachers, z_MV, batch.target, self.relaxation, reduction="sum")
+            return relaxed, self.energy.score(of_teachers, words_BT, real_BT=batch.target != PAD).sum()
 
-        relaxed, energy = self._with_teacher(both_under)
+        relaxed, energy = self._with_teachers(score)
         length_loss, length_correct = length_cross_entropy(length_logits_BL, batch.target)
         stats = {"energy": energy, "relaxed_energy": relaxed, "length_loss": length_loss}
         return _stats(batch, loss=relaxed, length_correct=length_correct, **stats)
 
-    def _student_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Decoder states (B, T, D), all real positions masked, and the length logits."""
-        memory, length_logits_BL = self.trained.encode(batch.source)
-        return self.trained.decode(memory, torch.where(batch.target != PAD, MASK, PAD)), length_logits_BL
-
-    def _with_teacher(self, use: Callable[[Transformer], T]) -> T:
+    def _with_teachers(self, use: Callable[[], T]) -> T:
         within = self._within[0]
-        return use(self.teacher) if within is None else within(use)
+        return use() if within is None else within(lambda _: use())
 
     def _scale(self, hidden: Tensor) -> GradientScale | None:
         """DeepSpeed scales an fp16 student's loss; nobody scales an fp32 one's."""
-        halved = next(self.teacher.parameters()).dtype == torch.float16 and hidden.dtype == torch.float32
+        halved = any(next(teacher.parameters()).dtype == torch.float16 for teacher in self.teachers)
+        halved = halved and hidden.dtype == torch.float32
         return GradientScale() if halved and torch.is_grad_enabled() else None
 
-    def _logits(self, hidden_MD: Tensor, head: CMLM | ScaledHead) -> GivenLogits | KeptLogits | RecomputedLogits:
+    def _logits(self, hidden_MD: Tensor, head: Student | ScaledHead) -> GivenLogits | KeptLogits | RecomputedLogits:
         """In the form that the configuration asks for; log-probabilities and the alpha term need them whole."""
         if self._whole_log_probabilities:
             return GivenLogits(head.project(hidden_MD))
-        if self.config.head_memory == "keep" or self.config.cross_entropy_weight:
+        if self.config.head_memory == "keep" or self.config.cross_entropy_weight or self.config.repetition_weight:
             return KeptLogits(head, hidden_MD)
         return RecomputedLogits(head, hidden_MD)
 
@@ -225,6 +235,32 @@ def length_cross_entropy(length_logits_BL: Tensor, target_BT: Tensor) -> tuple[T
     length_B = (target_BT != PAD).sum(-1)
     correct = (logits_BL.argmax(-1) == length_B).sum()
     return F.cross_entropy(logits_BL, length_B, reduction="sum"), correct
+
+
+def temperature_at(schedule: TemperatureSchedule, done: float) -> float:
+    """The temperature after `done` of the stage, 0 at its first update and 1 at its last."""
+    if schedule.shape == "linear":
+        return schedule.start + (schedule.end - schedule.start) * done
+    return float(schedule.start * (schedule.end / schedule.start) ** done)
+
+
+def slots_of(length_logits_BL: Tensor) -> Tensor:
+    """(B, T) ids without meaning but for their padding: as many slots as each sentence's most probable length has.
+
+    As in decoding, a sentence has a word and the end symbol at least.
+    """
+    length_B = length_logits_BL[:, MIN_LENGTH:].argmax(-1) + MIN_LENGTH
+    slots_T = torch.arange(int(length_B.max()), device=length_B.device)
+    return torch.where(slots_T < length_B[:, None], MASK, PAD)
+
+
+def expected_repetitions(z_MV: Tensor, inner_BT: Tensor) -> Tensor:
+    """sum over neighbours t, t+1 of a sentence of <softmax(z_t), softmax(z_{t+1})>: how many words would equal the one
+    before them if each were drawn from its row. z_MV: rows of the True entries of inner_BT in row-major order."""
+    p_MV = (z_MV if z_MV.dtype == torch.float64 else z_MV.float()).softmax(-1)
+    sentence_M = inner_BT.nonzero()[:, 0]
+    same_M = sentence_M[1:] == sentence_M[:-1]
+    return ((p_MV[1:] * p_MV[:-1]).sum(-1) * same_M).sum()
 
 
 def draw_masks(real_BT: Tensor) -> Tensor:

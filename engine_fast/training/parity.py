@@ -20,6 +20,7 @@ from engine_fast import ops
 from engine_fast.config import Architecture, EngineConfig
 from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import EOS, NUM_SPECIAL, PAD
+from engine_fast.energies import TeacherEnergy
 from engine_fast.models import CMLM, Transformer, freeze
 from engine_fast.training.objectives import EngineObjective
 
@@ -72,8 +73,8 @@ def check_parity(
         student, teacher = student.to(device, dtype), freeze(teacher, dtype=dtype).to(device)
         exact_student, exact_teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
         objective, exact = (
-            EngineObjective(student, teacher, config),
-            EngineObjective(exact_student, exact_teacher, config),
+            EngineObjective(student, TeacherEnergy(teacher), config),
+            EngineObjective(exact_student, TeacherEnergy(exact_teacher), config),
         )
         optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
         batch, plain_error, fused_error = _batch(device), 0.0, 0.0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_fast import __version__
-from engine_fast.config import ROUNDING_ONLY, Architecture, RunConfig, TrainConfig, dump_config
+from engine_fast.config import ROUNDING_ONLY, AnyArchitecture, RunConfig, TrainConfig, dump_config
 from engine_fast.data.atomic import new_directory, write_file
 from engine_fast.data.vocabulary import Vocabulary, save_pair
 from engine_fast.errors import CheckpointError
@@ -89,7 +89,7 @@ class RunDirectory:
                 )
 
     def describe(
-        self, kind: str, architecture: Architecture, source: Vocabulary, target: Vocabulary, *, card: dict[str, Any]
+        self, kind: str, architecture: AnyArchitecture, source: Vocabulary, target: Vocabulary, *, card: dict[str, Any]
     ) -> None:
         """Keep what besides weights makes a model directory of a checkpoint: `engine-fast export` needs no more."""
         hashes = {"source": source.fingerprint, "target": target.fingerprint}

@@ -7,23 +7,24 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from engine_fast import __version__, ops
-from engine_fast.config import Architecture, RunConfig, TrainConfig
+from engine_fast.config import AnyArchitecture, EngineConfig, RunConfig, TrainConfig
 from engine_fast.data.corpus import ParallelCorpus
 from engine_fast.data.prepared import Prepared
 from engine_fast.data.shards import MANIFEST
-from engine_fast.decoding import greedy, mask_predict
+from engine_fast.decoding import generate, mask_predict
 from engine_fast.distributed import Engine, World, require_agreement, shard_frozen, start
 from engine_fast.distributed.presence import beat
+from engine_fast.energies import Energy, EnsembleEnergy, TeacherEnergy
 from engine_fast.errors import CheckpointError, VocabularyError, require
-from engine_fast.models import CMLM, Transformer, freeze, load_model, save_model
-from engine_fast.models.store import LoadedModel, copy_matching
+from engine_fast.models import Student, Teacher, freeze, load_model, save_model
+from engine_fast.models.store import LoadedModel, copy_matching, new_network
 from engine_fast.training.export import assemble
 from engine_fast.training.feeding import Feeder, Subset, fitting
 from engine_fast.training.interrupt import catching_signals
@@ -45,12 +46,13 @@ def train_teacher(config: RunConfig, prepared: Prepared, directory: Path) -> Non
     VocabularyError, DataError.
     """
 
-    def build(world: World) -> tuple[Transformer, Callable[[nn.Module], nn.Module]]:
-        model = _fresh(Transformer, config.teacher.architecture, config, "teacher", prepared)
-        return model, lambda module: TeacherObjective(cast(Transformer, module), config.teacher)
+    def build(world: World) -> tuple[Teacher, Callable[[nn.Module], nn.Module]]:
+        model = cast(Teacher, _fresh("teacher", config, prepared))
+        model.right_to_left = config.teacher.right_to_left
+        return model, lambda module: TeacherObjective(cast(Teacher, module), config.teacher)
 
     def decode(model: nn.Module, source_BS: Tensor) -> list[list[int]]:
-        return [hypothesis.tokens for hypothesis in greedy(cast(Transformer, model), source_BS)]
+        return [found[0].tokens for found in generate(cast(Teacher, model), source_BS)]
 
     corpora = prepared.split("train"), prepared.split("valid")
     _Job("teacher", config, config.teacher, prepared, corpora, build, decode, models={}).run(directory)
@@ -65,7 +67,7 @@ def train_cmlm(
     valid_corpus: ParallelCorpus,
     teacher_dir: Path | None = None,
 ) -> None:
-    """Train the CMLM baseline on `corpus` (distilled or references); leaves directory/model.
+    """Train the baseline, CMLM or BiLSTM, by cross-entropy on `corpus`, distilled or not; leaves directory/model.
 
     teacher_dir: model directory, or the stage directory around one; needed only by cmlm.from_teacher.
     """
@@ -75,11 +77,11 @@ def train_cmlm(
     )  # fmt: skip
     models = {"teacher": teacher_dir} if teacher_dir is not None and config.cmlm.from_teacher else {}
 
-    def build(world: World) -> tuple[CMLM, Callable[[nn.Module], nn.Module]]:
-        model = _fresh(CMLM, config.cmlm.architecture, config, "cmlm", prepared)
+    def build(world: World) -> tuple[Student, Callable[[nn.Module], nn.Module]]:
+        model = cast(Student, _fresh("cmlm", config, prepared))
         if "teacher" in models:
-            copy_matching(model, _load(models["teacher"], "transformer", prepared).model)
-        return model, lambda module: CMLMObjective(cast(CMLM, module), config.cmlm)
+            copy_matching(model, _load(models["teacher"], "teacher", prepared).model)
+        return model, lambda module: CMLMObjective(cast(Student, module), config.cmlm)
 
     _Job("cmlm", config, config.cmlm, prepared, (corpus, valid_corpus), build, _one_pass, models=models).run(directory)
 
@@ -100,8 +102,8 @@ def train_engine(
     architecture; engine.architecture, if given, sets its dropout and must otherwise agree.
     """
 
-    def build(world: World) -> tuple[CMLM, Callable[[nn.Module], nn.Module]]:
-        student = _student(cast(CMLM, _load(cmlm_dir, "cmlm", prepared).model), config)
+    def build(world: World) -> tuple[Student, Callable[[nn.Module], nn.Module]]:
+        student = _student(cast(Student, _load(cmlm_dir, "student", prepared).model), config)
         precision = config.engine.teacher_precision or config.engine.precision
         require(
             precision != "fp16" or world.device.type == "cuda",
@@ -111,20 +113,28 @@ def train_engine(
             {precision, config.engine.precision} != {"bf16", "fp16"},
             "engine.teacher_precision", precision, f"{config.engine.precision}, the student's, or fp32",
         )  # fmt: skip
-        teacher = cast(Transformer, _load(teacher_dir, "transformer", prepared).model)
-        freeze(teacher, dtype=_DTYPES[precision], dropout=config.engine.teacher_dropout)
-        teacher.activation_checkpointing = config.engine.teacher_checkpointing
+        teachers = [_frozen(models[name], config.engine, _DTYPES[precision], prepared) for name in names]
         within = None
         if config.engine.teacher_placement == "sharded":
-            within = shard_frozen(teacher, device=world.device, extra=config.deepspeed)
-            teacher.train(config.engine.teacher_dropout)  # DeepSpeed has put it in training mode
+            within = shard_frozen(teachers[0], device=world.device, extra=config.deepspeed)
+            teachers[0].train(config.engine.teacher_dropout)  # DeepSpeed has put it in training mode
         else:
-            teacher.to(world.device)
+            for teacher in teachers:
+                teacher.to(world.device)
         if config.engine.teacher_compile:
-            teacher.compile_stacks()
-        return student, lambda module: EngineObjective(cast(CMLM, module), teacher, config.engine, within=within)
+            for teacher in teachers:
+                teacher.compile_stacks()
+        energy: Energy = TeacherEnergy(teachers[0])
+        if config.engine.ensemble:
+            weights = [1.0, *(member.weight for member in config.engine.ensemble)]
+            energy = EnsembleEnergy([TeacherEnergy(teacher) for teacher in teachers], weights)
+        return student, lambda module: EngineObjective(cast(Student, module), energy, config.engine, within=within)
 
-    models = {"teacher": teacher_dir, "cmlm": cmlm_dir}
+    models = {"teacher": teacher_dir} | {
+        f"teacher {number}": Path(member.path) for number, member in enumerate(config.engine.ensemble, start=2)
+    }
+    names = list(models)
+    models["cmlm"] = cmlm_dir
     _Job("engine", config, config.engine, prepared, (corpus, valid_corpus), build, _one_pass, models=models).run(
         directory
     )
@@ -139,12 +149,14 @@ class _Job:
     settings: TrainConfig
     prepared: Prepared
     corpora: tuple[ParallelCorpus, ParallelCorpus]
-    build: Callable[[World], tuple[Transformer | CMLM, Callable[[nn.Module], nn.Module]]]
+    build: Callable[[World], tuple[Teacher | Student, Callable[[nn.Module], nn.Module]]]
     decode: Decode
     models: dict[str, Path]
     """Model directories it starts from."""
 
     def run(self, directory: Path) -> None:
+        if self.settings.seed is not None:
+            self.config = self.config.model_copy(update={"seed": self.settings.seed})
         self._check()
         place = RunDirectory(directory, self.stage)
         inputs = self._inputs()
@@ -217,10 +229,10 @@ class _Job:
         versions = {"engine_fast": __version__, "torch": torch.__version__, "operators": ops.implementation()}
         return versions | inputs | {f"{self.stage}.{name}": json.dumps(value) for name, value in settings.items()}
 
-    def _fitting(self, corpus: ParallelCorpus, what: str, limits: Architecture) -> Any:
+    def _fitting(self, corpus: ParallelCorpus, what: str, limits: AnyArchitecture) -> Any:
         return fitting(corpus, limits, what=what, has_length_classes=self.stage != "teacher")
 
-    def _bleu_set(self, limits: Architecture) -> BleuSet | None:
+    def _bleu_set(self, limits: AnyArchitecture) -> BleuSet | None:
         count = min(self.settings.valid_bleu_sentences, len(self.corpora[1]))
         if not count:
             return None
@@ -236,11 +248,13 @@ class _Job:
     def _card(self) -> dict[str, Any]:
         """What a model directory says of its origin."""
         card = {"stage": self.stage, "seed": self.config.seed, "settings": self.settings.model_dump(mode="json")}
-        if self.stage != "teacher":  # what `translate` takes unless told otherwise
+        if self.stage == "teacher":
+            card["right_to_left"] = self.config.teacher.right_to_left
+        else:  # what `translate` takes unless told otherwise
             card["length_beam"] = getattr(self.config.evaluate, f"{self.stage}_length_beam")
         return card
 
-    def _describe(self, place: RunDirectory, model: Transformer | CMLM) -> None:
+    def _describe(self, place: RunDirectory, model: Teacher | Student) -> None:
         vocabularies = self.prepared.source_vocabulary, self.prepared.target_vocabulary
         place.describe(model.kind, model.architecture, *vocabularies, card=self._card())
 
@@ -249,8 +263,8 @@ class _Job:
         directory: Path,
         place: RunDirectory,
         trainer: Trainer,
-        kind: type[Transformer] | type[CMLM],
-        architecture: Architecture,
+        kind: type[Teacher] | type[Student],
+        architecture: AnyArchitecture,
         weights: dict[str, Tensor],
     ) -> None:
         vocabularies = self.prepared.source_vocabulary, self.prepared.target_vocabulary
@@ -265,13 +279,21 @@ class _Job:
         place.finish(updates=progress.update, best_update=progress.best_update, seconds=progress.seconds)
 
 
-def _fresh(kind: Any, architecture: Architecture, config: RunConfig, stage: str, prepared: Prepared) -> Any:
+def _fresh(stage: StageName, config: RunConfig, prepared: Prepared) -> Teacher | Student:
     seed_torch(config.seed, stage, "init")
-    return kind(architecture, len(prepared.source_vocabulary), len(prepared.target_vocabulary))
+    role: Literal["teacher", "student"] = "teacher" if stage == "teacher" else "student"
+    sizes = len(prepared.source_vocabulary), len(prepared.target_vocabulary)
+    return new_network(role, getattr(config, stage).architecture, *sizes)
+
+
+def _frozen(path: Path, config: EngineConfig, dtype: torch.dtype, prepared: Prepared) -> Teacher:
+    teacher = cast(Teacher, _load(path, "teacher", prepared).model)
+    teacher.activation_checkpointing = config.teacher_checkpointing
+    return freeze(teacher, dtype=dtype, dropout=config.teacher_dropout)
 
 
 def _one_pass(model: nn.Module, source_BS: Tensor) -> list[list[int]]:
-    return [hypothesis.tokens for hypothesis in mask_predict(cast(CMLM, model), source_BS)]
+    return [hypothesis.tokens for hypothesis in mask_predict(cast(Student, model), source_BS)]
 
 
 def _model_directory(path: Path) -> Path:
@@ -294,12 +316,12 @@ def _load(path: Path, kind: str, prepared: Prepared) -> LoadedModel:
     return loaded
 
 
-def _student(cmlm: CMLM, config: RunConfig) -> CMLM:
-    """The CMLM with engine.architecture's dropout."""
-    architecture = cmlm.architecture
+def _student(baseline: Student, config: RunConfig) -> Student:
+    """The baseline with engine.architecture's dropout."""
+    architecture = baseline.architecture
     if "architecture" in config.engine.model_fields_set:
         asked = config.engine.architecture
-        for name in asked.model_fields_set - _DROPOUTS:
+        for name in ("kind", *sorted(asked.model_fields_set - _DROPOUTS)):
             require(
                 getattr(asked, name) == getattr(architecture, name),
                 f"engine.architecture.{name}", getattr(asked, name), f"the CMLM's, {getattr(architecture, name)!r}",
@@ -307,8 +329,8 @@ def _student(cmlm: CMLM, config: RunConfig) -> CMLM:
             )  # fmt: skip
         given = asked.model_fields_set & _DROPOUTS
         architecture = architecture.model_copy(update={name: getattr(asked, name) for name in given})
-    student = CMLM(architecture, cmlm.source_size, cmlm.target_size)
-    student.load_state_dict(cmlm.state_dict())
+    student = cast(Student, new_network("student", architecture, baseline.source_size, baseline.target_size))
+    student.load_state_dict(baseline.state_dict())
     return student
 
 

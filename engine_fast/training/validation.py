@@ -73,10 +73,10 @@ class Validator:
     def _losses(self, model: nn.Module) -> dict[str, float] | None:
         objective = self._objective_of(model).eval()
         measure = getattr(objective, "evaluate", None) or (lambda batch: objective(batch).stats)
-        teacher = getattr(objective, "teacher", None)
+        teachers = getattr(objective, "teachers", ())
         sums, world = Sums(self._world.device), self._world
-        was_training = teacher is not None and teacher.training
-        if teacher is not None:
+        were_training = [teacher.training for teacher in teachers]
+        for teacher in teachers:
             teacher.eval()
         try:
             for number in range(0, len(self._batches), world.size):
@@ -91,7 +91,7 @@ class Validator:
                 if mine < len(self._batches):
                     sums.add(found)
         finally:
-            if teacher is not None:
+            for teacher, was_training in zip(teachers, were_training, strict=True):
                 teacher.train(was_training)
         figures = sums.averages(world)
         if {"energy", "relaxed_energy"} <= figures.keys():

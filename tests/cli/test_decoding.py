@@ -155,7 +155,7 @@ def test_a_wrong_model_is_refused(teacher: Path, student: Path, tmp_path: Path) 
     assert "not a model directory" in call("translate", "--model", tmp_path).stderr
     (tmp_path / "model").mkdir()
     assert f"Give {tmp_path / 'model'}." in call("translate", "--model", tmp_path).stderr
-    assert "expected a transformer model" in call("translate", "--model", student, "--rerank", student).stderr
+    assert "expected a teacher model" in call("translate", "--model", student, "--rerank", student).stderr
     vocabulary = DictionaryVocabulary(WORDS[::-1])
     save_model(tmp_path / "other", make_teacher().float(), vocabulary, vocabulary)
     result = call("translate", "--model", student, "--rerank", tmp_path / "other", stdin=TEXT)
@@ -219,7 +219,7 @@ def test_score_refuses_what_it_cannot_score(teacher: Path, student: Path, tmp_pa
     assert result.stdout == ""
     result = call("score", "--model", teacher, tmp_path / "three", tmp_path / "long")
     assert "line 2: 25 tokens" in result.stderr
-    assert "expected a transformer" in call("score", "--model", student, tmp_path / "two", tmp_path / "two").stderr
+    assert "expected a teacher" in call("score", "--model", student, tmp_path / "two", tmp_path / "two").stderr
     assert "cannot be read" in call("score", "--model", teacher, tmp_path / "two", tmp_path / "none").stderr
     os.mkfifo(tmp_path / "pipe")
     assert (

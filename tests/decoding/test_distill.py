@@ -219,7 +219,7 @@ def test_the_callers_model_is_left_alone(prepared: TinyPrepared, tmp_path: Path)
 
 
 def test_what_cannot_be_used_is_refused(prepared: TinyPrepared, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="needs a transformer teacher, got a cmlm"):
+    with pytest.raises(CheckpointError, match="needs a teacher, got a cmlm"):
         distill(load_tiny(make_student()), prepared, CONFIG, tmp_path / "out")
     loaded = load_tiny(make_teacher())
     prepared.split = lambda name: _with_fingerprint(ParallelCorpus.open(prepared.directory))

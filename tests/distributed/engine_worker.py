@@ -17,6 +17,7 @@ from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import EOS, NUM_SPECIAL, PAD
 from engine_fast.distributed import Engine, shard_frozen, start
 from engine_fast.distributed.runtime import leave
+from engine_fast.energies import TeacherEnergy
 from engine_fast.models import CMLM, Transformer, freeze
 from engine_fast.training.objectives import EngineObjective
 
@@ -55,7 +56,7 @@ def plain(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     student, teacher = models(dtype)
     masters = [parameter.detach().clone().requires_grad_() for parameter in student.parameters()]
     student = student.to(dtype)
-    objective = EngineObjective(student, teacher, config_of())
+    objective = EngineObjective(student, TeacherEnergy(teacher), config_of())
     optimizer = torch.optim.AdamW(masters, lr=LR, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1)
     losses, norms = [], []
     with ops.using("reference"):
@@ -91,7 +92,7 @@ def on_engine(**settings: Any) -> dict[str, Any]:
         if config.teacher_placement == "sharded"
         else None
     )
-    objective = EngineObjective(student, teacher.eval(), config, within=within)
+    objective = EngineObjective(student, TeacherEnergy(teacher.eval()), config, within=within)
     engine = Engine(objective, student, config, extra=NOTHING_STAYS_WHOLE, world=world)
     losses, norms = [], []
     for update in range(NUM_UPDATES):

@@ -7,7 +7,7 @@ from engine_fast import ops
 from engine_fast.config import Architecture, EngineConfig
 from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import EOS, PAD
-from engine_fast.energies import GradientScale
+from engine_fast.energies import GradientScale, TeacherEnergy
 from engine_fast.models import CMLM, Transformer, freeze
 from engine_fast.training.objectives import EngineObjective
 
@@ -21,7 +21,7 @@ def gradients(dtype, divisor, **settings):
     """Of the student's weights, times the divisor, under a teacher of `dtype`."""
     torch.manual_seed(0)
     student, teacher = CMLM(SMALL, 20, 20), freeze(Transformer(SMALL, 20, 20).half(), dtype=dtype)
-    objective = EngineObjective(student, teacher, EngineConfig.model_validate(settings))
+    objective = EngineObjective(student, TeacherEnergy(teacher), EngineConfig.model_validate(settings))
     with ops.using("reference"):
         (objective(BATCH).total / divisor).backward()
     return torch.cat([p.grad.flatten() * divisor for p in student.parameters() if p.grad is not None])

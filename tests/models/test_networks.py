@@ -101,7 +101,7 @@ def test_forward_embedded_of_table_rows_is_the_ordinary_pass():
 
 
 def test_length_class_zero_is_impossible_and_the_rest_sum_to_one():
-    log_p = build(CMLM).length_log_probs(SOURCE)
+    log_p = build(CMLM).lengths(SOURCE)
     assert log_p.shape == (3, 12)
     assert log_p[:, 0].eq(-torch.inf).all()
     torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(3, dtype=torch.float64))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from engine_fast.config import EngineConfig
 from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import PAD
-from engine_fast.energies import Relaxation, inner_positions, relaxed_energy, token_energies
+from engine_fast.energies import Relaxation, TeacherEnergy, inner_positions, relaxed_energy, token_energies
 from engine_fast.operators import OPERATORS
 from engine_fast.training.objectives import EngineObjective
 
@@ -53,7 +53,7 @@ def test_the_papers_stl_is_another_gradient(oracle, o2):
 @pytest.mark.parametrize(("o1", "o2"), PAIRS)
 def test_objective_totals(oracle, agree, o1, o2):
     config = EngineConfig(o1=o1, o2=o2, stl_logits="log_probabilities")
-    objective = EngineObjective(oracle.student(), oracle.teacher(), config)
+    objective = EngineObjective(oracle.student(), TeacherEnergy(oracle.teacher()), config)
     inner = inner_positions(oracle.batch.target)
     loss = objective(oracle.batch, noise=(oracle.gumbel["g1"][inner], oracle.gumbel["g2"][inner]))
     prefix = f"{o1}_{o2}.train"
@@ -69,7 +69,7 @@ def test_energy_of_argmax_words(oracle, agree):
     words = target.masked_scatter(inner, oracle.load("student_forward")["logits"][inner].argmax(-1))
     memory = teacher.encode(oracle.batch.source)
     energy = token_energies(teacher, memory, words, real_BT=target != PAD).sum()
-    stats = EngineObjective(oracle.student(), teacher, EngineConfig()).evaluate(oracle.batch)
+    stats = EngineObjective(oracle.student(), TeacherEnergy(teacher), EngineConfig()).evaluate(oracle.batch)
     for o1, o2 in PAIRS:
         for name in ("energy", "discrete_energy"):
             agree(energy, oracle.energies[f"{o1}_{o2}.valid.{name}"], f"{o1} {o2} {name}")
@@ -90,7 +90,7 @@ def test_energy_of_argmax_words_behind_relaxed_ones(oracle, agree, o1):
 
 def test_padding_is_never_read(oracle, agree):
     """Rows of the embedding tables at the padding id are not zero in these sets; three more of them change nothing."""
-    objective = EngineObjective(oracle.student(), oracle.teacher(), EngineConfig())
+    objective = EngineObjective(oracle.student(), TeacherEnergy(oracle.teacher()), EngineConfig())
     assert objective.trained.encoder.embedding.weight[PAD].abs().min() > 0
     batch = oracle.batch
     wider = Batch(F.pad(batch.source, (0, 3), value=PAD), F.pad(batch.target, (0, 3), value=PAD), batch.indices)

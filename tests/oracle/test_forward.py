@@ -23,7 +23,7 @@ def test_student_logits_and_lengths(oracle, agree):
     real = batch.target != PAD
     agree(logits[real], theirs["logits"][real], "logits")
     agree(logits.log_softmax(-1)[real], theirs["lprobs"][real], "log-probabilities")
-    lengths = student.length_log_probs(batch.source)
+    lengths = student.lengths(batch.source)
     assert torch.isneginf(lengths[:, 0]).all()
     agree(lengths[:, 1:], theirs["length_lprobs"][:, 1:], "length log-probabilities")
 

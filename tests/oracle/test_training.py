@@ -10,6 +10,7 @@ import torch
 from engine_fast.config import CMLMConfig, EngineConfig, TeacherConfig
 from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import MASK
+from engine_fast.energies import TeacherEnergy
 from engine_fast.training.objectives import CMLMObjective, EngineObjective, TeacherObjective
 
 
@@ -18,13 +19,13 @@ def test_engine_parameter_gradients(oracle, agree, agree_by_name, case):
     o1, o2, alpha = re.fullmatch(r"(\w+)_(\w+)_alpha(\d)", case).groups()
     theirs = oracle.load(f"paramgrad_{case}")
     config = EngineConfig(o1=o1, o2=o2, cross_entropy_weight=float(alpha), stl_logits="log_probabilities")
-    objective = EngineObjective(oracle.student(), oracle.teacher().requires_grad_(False), config)
+    objective = EngineObjective(oracle.student(), TeacherEnergy(oracle.teacher().requires_grad_(False)), config)
     loss = objective(oracle.batch)
     loss.total.backward()
     agree(loss.total, theirs["__loss__"], "loss")
     assert loss.stats["tokens"] == theirs["__sample_size__"]
     agree_by_name(objective.trained, theirs, _gradient)
-    assert all(parameter.grad is None for parameter in objective.teacher.parameters())
+    assert all(parameter.grad is None for parameter in objective.teachers[0].parameters())
 
 
 def test_cmlm_loss_and_gradients(oracle, agree, agree_by_name):
@@ -53,7 +54,7 @@ def test_three_adam_updates(oracle, agree, agree_by_name):
     """
     theirs, eps, beta2 = oracle.load("adam_3updates_SX_ST"), 1e-8, 0.999
     objective = EngineObjective(
-        oracle.student(), oracle.teacher().requires_grad_(False), EngineConfig(o1="SX", o2="ST")
+        oracle.student(), TeacherEnergy(oracle.teacher().requires_grad_(False)), EngineConfig(o1="SX", o2="ST")
     )
     student = objective.trained
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, beta2), weight_decay=0.01)

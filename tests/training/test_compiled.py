@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine_fast.config import EngineConfig
+from engine_fast.energies import TeacherEnergy
 from engine_fast.training.objectives import EngineObjective
 from tests.distributed import engine_worker
 
@@ -15,12 +16,12 @@ def losses(compiled, **settings):
         student.compile_stacks()
         teacher.compile_stacks()
     assert list(student.state_dict()) == names
-    objective = EngineObjective(student, teacher, EngineConfig.model_validate(settings))
+    objective = EngineObjective(student, TeacherEnergy(teacher), EngineConfig.model_validate(settings))
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
     result = []
     for update in range(3):
         batches = [engine_worker.micro_batch(update, number) for number in range(3)]
-        objective.prepare(batches)
+        objective.prepare(batches, done=0.0)
         optimizer.zero_grad()
         for batch in batches:
             total = objective(batch).total

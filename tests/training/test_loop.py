@@ -394,7 +394,7 @@ def test_another_vocabulary_is_refused(prepared, plain_teacher, tmp_path):
 
 
 def test_a_model_of_the_wrong_kind_is_refused(prepared, plain_teacher, tmp_path):
-    with pytest.raises(CheckpointError, match="expected a cmlm"):
+    with pytest.raises(CheckpointError, match="expected a student model"):
         train_engine(
             make_config(), prepared, prepared.split("train"), tmp_path / "engine",
             valid_corpus=prepared.split("valid"), teacher_dir=plain_teacher, cmlm_dir=plain_teacher,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from engine_fast.config import Architecture, CMLMConfig, EngineConfig, TeacherConfig
 from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import EOS, MASK, PAD
-from engine_fast.energies import discrete_energy, inner_positions
+from engine_fast.energies import TeacherEnergy, discrete_energy, inner_positions
 from engine_fast.models import CMLM, Transformer, freeze, shift_right
 from engine_fast.training.objectives import (
     CMLMObjective,
@@ -90,14 +90,15 @@ def test_the_cmlm_is_validated_with_everything_masked(student):
 
 def test_engine_is_energy_plus_weighted_length_loss(student, teacher):
     losses = [
-        EngineObjective(student, teacher, EngineConfig(length_loss_weight=weight))(BATCH) for weight in (0.0, 2.0)
+        EngineObjective(student, TeacherEnergy(teacher), EngineConfig(length_loss_weight=weight))(BATCH)
+        for weight in (0.0, 2.0)
     ]
     torch.testing.assert_close(losses[0].total.float(), losses[0].stats["energy"])
     torch.testing.assert_close(losses[1].total - losses[0].total, 2 * losses[1].stats["length_loss"].double())
 
 
 def test_engine_trains_the_student_only_and_gives_the_last_slot_no_energy(student, teacher):
-    objective = EngineObjective(student, teacher, EngineConfig(length_loss_weight=0.0))
+    objective = EngineObjective(student, TeacherEnergy(teacher), EngineConfig(length_loss_weight=0.0))
     assert all(name.startswith("trained.") for name, _ in objective.named_parameters())
     objective(BATCH).total.backward()
     assert all(p.grad is None for p in teacher.parameters())
@@ -110,8 +111,8 @@ def test_engine_trains_the_student_only_and_gives_the_last_slot_no_energy(studen
 
 def test_alpha_adds_the_cross_entropy_of_all_real_positions(student, teacher):
     config = EngineConfig(cross_entropy_weight=0.3, label_smoothing=0.1)
-    plain = EngineObjective(student, teacher, EngineConfig())(BATCH)
-    mixed = EngineObjective(student, teacher, config)(BATCH)
+    plain = EngineObjective(student, TeacherEnergy(teacher), EngineConfig())(BATCH)
+    mixed = EngineObjective(student, TeacherEnergy(teacher), config)(BATCH)
     memory, _ = student.encode(SOURCE)
     real = TARGET != PAD
     logits = student.project(student.decode(memory, torch.where(real, MASK, PAD))[real])
@@ -120,7 +121,7 @@ def test_alpha_adds_the_cross_entropy_of_all_real_positions(student, teacher):
 
 
 def test_evaluate_gives_the_discrete_energy_of_the_arg_max_words(student, teacher):
-    objective = EngineObjective(student, teacher, EngineConfig(o1="SX", o2="SX")).eval()
+    objective = EngineObjective(student, TeacherEnergy(teacher), EngineConfig(o1="SX", o2="SX")).eval()
     stats = objective.evaluate(BATCH)
     memory, _ = student.encode(SOURCE)
     real, inner = TARGET != PAD, inner_positions(TARGET)
@@ -134,14 +135,14 @@ def test_evaluate_gives_the_discrete_energy_of_the_arg_max_words(student, teache
 def test_evaluate_scores_an_arg_max_pad_as_a_word(student, teacher):
     student.output.weight.data[:] = 0
     student.output.weight.data[PAD] = student.decode(student.encode(SOURCE)[0], TARGET)[0, 0]  # PAD wins somewhere
-    stats = EngineObjective(student, teacher, EngineConfig()).eval().evaluate(BATCH)
+    stats = EngineObjective(student, TeacherEnergy(teacher), EngineConfig()).eval().evaluate(BATCH)
     assert stats["energy"].isfinite()
     assert stats["energy"] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_engine_lowers_its_energy(teacher, student, dtype):
-    objective = EngineObjective(student.to(dtype), teacher.to(dtype), EngineConfig(o1="SX", o2="ST"))
+    objective = EngineObjective(student.to(dtype), TeacherEnergy(teacher.to(dtype)), EngineConfig(o1="SX", o2="ST"))
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
     energies = []
     for _ in range(30):
@@ -157,6 +158,6 @@ def test_engine_lowers_its_energy(teacher, student, dtype):
 def test_recompute_warns_where_the_logits_are_needed_whole(student, teacher, settings):
     config = EngineConfig.model_validate({"head_memory": "recompute", **settings})
     with pytest.warns(UserWarning, match="head_memory = 'recompute' has no effect"):
-        objective = EngineObjective(student, teacher, config)
-    kept = EngineObjective(student, teacher, config.model_copy(update={"head_memory": "keep"}))
+        objective = EngineObjective(student, TeacherEnergy(teacher), config)
+    kept = EngineObjective(student, TeacherEnergy(teacher), config.model_copy(update={"head_memory": "keep"}))
     torch.testing.assert_close(objective(BATCH).total, kept(BATCH).total)

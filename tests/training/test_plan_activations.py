@@ -14,6 +14,7 @@ from engine_fast import ops
 from engine_fast.config import Architecture, CMLMConfig, EngineConfig, TeacherConfig
 from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import EOS, NUM_SPECIAL, PAD
+from engine_fast.energies import TeacherEnergy
 from engine_fast.models import CMLM, Transformer, freeze
 from engine_fast.training.objectives import CMLMObjective, EngineObjective, TeacherObjective, draw_masks
 from engine_fast.training.plan.activations import Block, Shape, masked_rows
@@ -129,7 +130,7 @@ def test_engine_keeps_what_is_planned(settings, precision):
     teacher = Transformer(of_teacher, VOCABULARY, VOCABULARY)
     freeze(teacher, dtype=dtype(config.teacher_precision or precision), dropout=config.teacher_dropout)
     teacher.activation_checkpointing = config.teacher_checkpointing
-    objective, batch = EngineObjective(student, teacher, config), a_batch()
+    objective, batch = EngineObjective(student, TeacherEnergy(teacher), config), a_batch()
     with counting(student, teacher) as kept:
         objective(batch)
     tape = engine_tape(config, architecture, of_teacher, VOCABULARY, SHAPE, "cpu")
