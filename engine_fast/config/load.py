@@ -15,7 +15,6 @@ from engine_fast.config.base import Section
 from engine_fast.config.run import RunConfig
 from engine_fast.errors import ConfigError
 
-
 _KIND = "transformer"
 """Of an architecture that does not say."""
 

@@ -1,5 +1,5 @@
-"""The paper's figures: Tu, Pang, Wiseman, Gimpel, "ENGINE: Energy-Based Inference Networks for Non-Autoregressive Machine
-Translation", ACL 2020, arXiv 2005.00850. Data, copied once; every table names what it quotes.
+"""The paper's figures, as data: Tu, Pang, Wiseman, Gimpel, "ENGINE: Energy-Based Inference Networks for
+Non-Autoregressive Machine Translation", ACL 2020, arXiv 2005.00850.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ def markdown(table: PaperTable, results: dict[str, Any]) -> str:
     parts = [
         f"# {table.title}",
         f"Run `{results['name']}`, {results['split']} split, {results['references']['sentences']} sentences, "
-        f"seed {config['seed']}. BLEU: `{signature['bleu']}`. Energy: discrete, nats a sentence, under the fp32 teacher."
+        f"seed {config['seed']}. BLEU: `{signature['bleu']}`. "
+        "Energy: discrete, nats a sentence, under the fp32 teacher."
         + (f" Figures are means over {seeds} seeds, with the range in brackets." if seeds > 1 else ""),
         "## This run",
         table.ours,

@@ -70,7 +70,7 @@ def table4(results: dict[str, Any]) -> PaperTable:
     for role, student in STUDENTS.items():
         for count in dict.fromkeys((passes[0], passes[-1])):
             row = _student(systems, role, count)
-            chosen.append((f"{student}, {count} iteration{'s' if count > 1 else ''}", row))
+            chosen.append((f"{student}, {_iterations(count)}", row))
     greedy = chosen[0][1]
     cmlm, engine = (_student(systems, role, passes[0]) for role in STUDENTS)
     rows = [
@@ -91,7 +91,7 @@ def table4(results: dict[str, Any]) -> PaperTable:
         published={corpus: dict(figures) for corpus, figures in TABLE4.items()},
         directions=[
             Direction(
-                f"ENGINE is above the CMLM with {passes[0]} iteration{'s' if passes[0] > 1 else ''}",
+                f"ENGINE is above the CMLM with {_iterations(passes[0])}",
                 engine["bleu"] > cmlm["bleu"],
                 f"{engine['bleu']:.2f} against {cmlm['bleu']:.2f} BLEU",
             ),
@@ -133,13 +133,11 @@ def table6(results: dict[str, Any], texts: dict[str, list[str]], references: Seq
     lines |= {name: texts[row["label"]] for name, row in shown.items()}
     repeating = [index for index, line in enumerate(lines["CMLM"]) if has_repeat(line)]
     chosen = evenly_spaced(repeating, NUM_EXAMPLES)
-    rows = [
-        {"sentence": index + 1, **{name: column[index] for name, column in lines.items()}} for index in chosen
-    ]
+    rows = [{"sentence": index + 1, **{name: column[index] for name, column in lines.items()}} for index in chosen]
     share = {name: row["repetition"] for name, row in shown.items()}
     rule = (
-        f"{len(chosen)} sentences, evenly spaced among the {len(repeating)} of {len(lines['source'])} in which the CMLM "
-        f"with {passes} iteration{'s' if passes > 1 else ''} repeats a word; a word equal to the one before it is bold."
+        f"{len(chosen)} sentences, evenly spaced among the {len(repeating)} of {len(lines['source'])} in which the "
+        f"CMLM with {_iterations(passes)} repeats a word; a word equal to the one before it is bold."
     )
     blocks = [
         grid([f"sentence {row['sentence']}", ""], [[name, _bold(str(row[name]))] for name in lines]) for row in rows
@@ -186,6 +184,10 @@ def _student(systems: Sequence[Row], role: str, passes: int) -> Row:
     row = row_of(systems, role, passes)
     assert row is not None
     return row
+
+
+def _iterations(count: int) -> str:
+    return f"{count} iteration{'s' if count > 1 else ''}"
 
 
 def _figure(value: float | None) -> str:

@@ -67,10 +67,9 @@ def groups_of(measured: Sequence[Measured]) -> list[Group]:
 def table2(measured: Sequence[Measured], *, half: str) -> PaperTable:
     """Energy and BLEU by operators. half: "lstm" (a) or "transformer" (b), the paper's figures to show beside."""
     groups = {(group.values["engine.o1"], group.values["engine.o2"]): group for group in groups_of(measured)}
-    first, second = (
-        [name for name in OPERATORS if any(pair[place] == name for pair in groups)] for place in (0, 1)
-    )
+    first, second = ([name for name in OPERATORS if any(pair[place] == name for pair in groups)] for place in (0, 1))
     paper = TABLE2[half]
+    pairs = {o1: zip(paper["energy"][o1], paper["bleu"][o1], strict=True) for o1 in OPERATORS}
 
     def cells(o1: str) -> list[str]:
         row = [groups.get((o1, o2)) for o2 in second]
@@ -85,16 +84,13 @@ def table2(measured: Sequence[Measured], *, half: str) -> PaperTable:
         ours=grid(["O1 \\ O2", *second], [[o1, *cells(o1)] for o1 in first]),
         theirs=paper["what"] + ".\n\n" + grid(
             ["O1 \\ O2", *OPERATORS],
-            [
-                [o1, *(f"{energy} ({bleu})" for energy, bleu in zip(paper["energy"][o1], paper["bleu"][o1], strict=True))]
-                for o1 in OPERATORS
-            ],
+            [[o1, *(f"{energy} ({bleu})" for energy, bleu in pairs[o1])] for o1 in OPERATORS],
         ),
     )  # fmt: skip
 
 
 def table5(measured: Sequence[Measured]) -> PaperTable:
-    """The tagger trained on references, on distilled data, and by ENGINE: energy and BLEU with the references' lengths."""
+    """The tagger trained on references, on distilled data, and by ENGINE: energy and BLEU, oracle lengths."""
     groups = {group.name: group for group in groups_of(measured)}
     energies, scores = ([getattr(groups[role], key).mean for role in ROLES5] for key in ("energy", "bleu"))
     return PaperTable(
@@ -178,12 +174,12 @@ def _directions2(groups: dict[tuple[str, str], Group], first: list[str], second:
     }
     others = [value for o2, value in columns.items() if o2 != "STL"]
     if "STL" in columns and others:
+        told = ", ".join(f"{o2} {value:.2f}" for o2, value in columns.items())
         found.append(
             Direction(
                 "STL as O2 is clearly worse",
                 columns["STL"] > NEAR * max(others),
-                "mean energy over O1: " + ", ".join(f"{o2} {value:.2f}" for o2, value in columns.items())
-                + f"; more than {NEAR} times each other one counts",
-            )  # fmt: skip
+                f"mean energy over O1: {told}; more than {NEAR} times each other one counts",
+            )
         )
     return found

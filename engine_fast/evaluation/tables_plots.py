@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -47,7 +48,7 @@ def _table2(table: PaperTable) -> Figure:
             (("energy", "energy, nats", ".1f", "viridis_r"), ("bleu", "BLEU", ".1f", "viridis"))
         ):
             axis = figure.add_subplot(2, 2, 2 * line + place + 1)
-            values = [[_mean(cells.get((o1, o2)), key) for o2 in columns] for o1 in rows]
+            values = np.array([[_mean(cells.get((o1, o2)), key) for o2 in columns] for o1 in rows])
             _heat(axis, values, rows, columns, form=form, colors=colors)
             axis.set_title(f"{name}: {what}", fontsize=9)
     return figure
@@ -158,19 +159,19 @@ _FIGURES: dict[str, Callable[[PaperTable], Figure]] = {
 
 
 def _heat(
-    axis: Axes, values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], *, form: str, colors: str
+    axis: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, form: str, colors: str
 ) -> None:
-    """Green and yellow are good: low energy, high BLEU. Missing pairs stay white."""
+    """Bright is good: low energy, high BLEU. Missing pairs stay white."""
     image = axis.imshow(values, cmap=colors, aspect="auto")
+    shades = image.to_rgba(values)
     axis.set_xticks(range(len(columns)), labels=list(columns))
     axis.set_yticks(range(len(rows)), labels=list(rows))
     axis.set_xlabel("O2")
     axis.set_ylabel("O1")
-    for y, line in enumerate(values):
-        for x, value in enumerate(line):
-            if value == value:
-                light = sum(image.to_rgba(value)[:3]) > 1.5
-                axis.text(x, y, format(value, form), ha="center", va="center", color="black" if light else "white")
+    for (y, x), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            light = shades[y, x, :3].sum() > 1.5
+            axis.text(x, y, format(value, form), ha="center", va="center", color="black" if light else "white")
 
 
 def _bars(axis: Axes, names: Sequence[str], values: Sequence[float], *, form: str) -> None:
