@@ -71,9 +71,9 @@ def markdown(table: PaperTable, results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table; the first column is text, the others are figures."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str = "---:") -> str:
+    """A markdown table; the first column is text, the others are figures unless `align` says otherwise."""
+    lines = [header, ["---", *[align] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 

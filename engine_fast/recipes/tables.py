@@ -72,7 +72,8 @@ def run_stage(config: RunConfig, out: Path) -> Stage:
 
     def make(directory: Path) -> None:
         results = read_results(out / "evaluate" / "results.json")
-        _write(directory, _TABLES_OF_RUNS[str(config.table)](results, out / "evaluate" / "outputs"), results)
+        table = _TABLES_OF_RUNS[str(config.table)](results, out / "evaluate" / "outputs")
+        _write(directory, table, {**results, "name": config.name})
 
     return Stage(config.table, ("evaluate",), {"format": FORMAT}, OUTPUTS, make, directory=out / config.table)
 
