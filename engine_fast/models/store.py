@@ -105,7 +105,7 @@ def save_model(
                     },
                 },
                 "weights": {"sha256": _sha256(fresh / WEIGHTS)},
-                "card": card or {},
+                "card": (card or {}) | ({"right_to_left": True} if getattr(model, "right_to_left", False) else {}),
             }
             (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             for path in fresh.iterdir():

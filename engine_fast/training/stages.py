@@ -25,6 +25,7 @@ from engine_fast.energies import Energy, EnsembleEnergy, TeacherEnergy
 from engine_fast.errors import CheckpointError, VocabularyError, require
 from engine_fast.models import Student, Teacher, freeze, load_model, save_model
 from engine_fast.models.store import LoadedModel, copy_matching, new_network
+from engine_fast.training.ensemble import member_directories
 from engine_fast.training.export import assemble
 from engine_fast.training.feeding import Feeder, Subset, fitting
 from engine_fast.training.interrupt import catching_signals
@@ -139,7 +140,7 @@ def train_engine(
         return student, lambda module: EngineObjective(cast(Student, module), energy, config.engine, within=within)
 
     models = {"teacher": teacher_dir} | {
-        f"teacher {number}": Path(member.path) for number, member in enumerate(config.engine.ensemble, start=2)
+        f"teacher {number}": path for number, path in enumerate(member_directories(config.engine), start=2)
     }
     names = list(models)
     models["cmlm"] = cmlm_dir
@@ -185,9 +186,10 @@ class _Job:
             engine = Engine(objective_of(model), model, self.settings, extra=self.config.deepspeed, world=world)
             if self.settings.compile:  # not before: the engine may have copied the model
                 model.compile_stacks()
+            frozen = [name for name in self.models if name != "cmlm"] if self.stage == "engine" else []
             trainer = Trainer(
                 self.stage, self.settings, self.config, directory, engine=engine, world=world, stop=stop,
-                teacher=inputs["teacher model"] if self.stage == "engine" else None,
+                teachers={name: inputs[f"{name} model"] for name in frozen},
                 feeder=Feeder(corpus, self.settings.batch, seed=derive(self.config.seed, self.stage), world=world),
                 validator=Validator(
                     valid, objective_of, max_tokens=self.settings.batch.max_tokens, bleu=self._bleu_set(limits),

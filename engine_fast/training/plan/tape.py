@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine_fast.config import Architecture, CMLMConfig, EngineConfig, RunConfig, TrainConfig
+from engine_fast.errors import ConfigError
 from engine_fast.training.plan.activations import Block, Numerics, Shape, masked_rows, stack, without_graph
 from engine_fast.training.plan.sizes import Sizes, sizes_of, transformer
 
@@ -39,6 +40,11 @@ def engine_tape(
     config: EngineConfig, student: Architecture, teacher: Architecture, vocabulary: int, shape: Shape, device: str
 ) -> list[Block]:
     """Student, its head and O1; the frozen teacher's encoder without and decoder with a graph; its head and O2."""
+    if config.ensemble:
+        raise ConfigError(
+            f"engine.ensemble has {len(config.ensemble)} members, expected none, because the memory plan does not read "
+            "their sizes. Plan without them and add, for each, its weights and as many activations as the teacher has."
+        )
     sizes, of_teacher = sizes_of(student, vocabulary, cmlm=True), sizes_of(teacher, vocabulary, cmlm=False)
     frozen = Numerics(
         BYTES[config.teacher_precision or config.precision], device,
@@ -51,7 +57,8 @@ def engine_tape(
         encoding.append(without_graph(encoder, result=states))
     decoder = stack(teacher, of_teacher, shape, frozen, decoder=True)
     log_probabilities = "STL" in (config.o1, config.o2) and config.stl_logits == "log_probabilities"
-    keep = config.head_memory == "keep" or bool(config.cross_entropy_weight) or log_probabilities
+    whole_logits = config.cross_entropy_weight or config.repetition_weight or log_probabilities
+    keep = config.head_memory == "keep" or bool(whole_logits)
     head, energy = (_kept_heads if keep else _recomputed_heads)(
         config, sizes, teacher, vocabulary, shape, frozen, student
     )
@@ -63,6 +70,9 @@ def engine_tape(
     if config.cross_entropy_weight:
         table = end * shape.target
         whole.append(Block("cross-entropy", saved=table, forward=2 * table, backward=2 * table))
+    if config.repetition_weight:
+        table = end * (shape.target - 1)
+        whole.append(Block("repetition", saved=table, forward=table, backward=3 * table))
     return [
         *_student(student, sizes, shape, _numerics(config, device)),
         head,
