@@ -121,8 +121,8 @@ class EngineObjective(nn.Module):
         config = self.config
         if config.o1_temperature is not None and config.o1 == "STL":
             warnings.warn(
-                "engine.o1_temperature has no effect: engine.o1 = 'STL' reads no temperature, neither in its words nor in "
-                "its Jacobian.",
+                "engine.o1_temperature has no effect: engine.o1 = 'STL' reads no temperature, neither in its words nor "
+                "in its Jacobian.",
                 stacklevel=3,
             )
         reasons = [name for name in ("cross_entropy_weight", "repetition_weight") if getattr(config, name)]
