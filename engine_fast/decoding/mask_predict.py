@@ -154,6 +154,11 @@ def lengths_around(lengths_B: Tensor, num_candidates: int, max_length: int) -> T
 
 
 def _decode(model: Student, memory: Any, *, iterations: int, lengths_BK: Tensor, force_end: bool) -> Candidates:
+    require(
+        iterations == 1 or model.refines,
+        "iterations", iterations, f"1 for a {model.kind}",
+        "Its slots do not read each other's words, so that a further pass would change nothing.",
+    )  # fmt: skip
     num_sentences, num_candidates = lengths_BK.shape
     lengths_N = lengths_BK.flatten()
     device = lengths_N.device

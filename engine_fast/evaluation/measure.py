@@ -117,7 +117,6 @@ class _Bench:
         self._corpus: ParallelCorpus = prepared.split(split)
         self._references = [list(stream) for stream in prepared.references(split)]
         self._tokenize = "none" if config.data.pretokenised else "13a"
-        self.systems = systems_of(self._settings)
         self.reference_ids = [[int(token) for token in self._corpus.target(i)] for i in range(len(self._corpus))]
 
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self._settings.precision]
@@ -125,6 +124,8 @@ class _Bench:
             role: load_model(path / "model", dtype=dtype, device=world.device).model
             for role, path in directories.items()
         }
+        students = [model for model in self._models.values() if isinstance(model, Student)]
+        self.systems = systems_of(self._settings, refine=all(student.refines for student in students))
         judge = load_model(directories["teacher"] / "model", dtype=torch.float32, device=world.device, kind="teacher")
         self._judge = _teacher(judge.model)
         longest = min(model.max_positions for model in self._models.values())

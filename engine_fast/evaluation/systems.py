@@ -52,13 +52,16 @@ class System:
         return f"{self.name}.i{self.iterations}" + ("" if self.oracle_length else f".k{self.length_beam}")
 
 
-def systems_of(config: EvaluateConfig) -> list[System]:
+def systems_of(config: EvaluateConfig, *, refine: bool = True) -> list[System]:
     """The systems in the table's order. For each student and number of passes: its own length beam first, then
-    a single length, the teacher's choice among the candidates, and the reference's length."""
+    a single length, the teacher's choice among the candidates, and the reference's length.
+
+    refine: whether the students have any use for more than one pass.
+    """
     systems = [System("teacher-greedy", "teacher"), System("teacher-beam", "teacher", beam=config.beam)]
     students: tuple[tuple[Role, int], ...] = (("cmlm", config.cmlm_length_beam), ("engine", config.engine_length_beam))
     for role, length_beam in students:
-        for iterations in dict.fromkeys(config.iterations):
+        for iterations in dict.fromkeys(config.iterations if refine else [1]):
             systems.append(System(role, role, iterations=iterations, length_beam=length_beam))
             if length_beam > 1:
                 systems.append(System(role, role, iterations=iterations, length_beam=1))

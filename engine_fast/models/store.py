@@ -17,22 +17,36 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from engine_fast import __version__
-from engine_fast.config import AnyArchitecture, Architecture
+from engine_fast.config import AnyArchitecture, Architecture, LSTMArchitecture, TaggerArchitecture
 from engine_fast.data.vocabulary import Vocabulary, load_vocabulary, save_pair
 from engine_fast.errors import CheckpointError, DataError, VocabularyError
 from engine_fast.models.cmlm import CMLM
+from engine_fast.models.lstm import Seq2Seq
 from engine_fast.models.protocols import Network, Student, Teacher
+from engine_fast.models.tagger import Tagger
 from engine_fast.models.transformer import Transformer
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
-KINDS: dict[str, type[Teacher] | type[Student]] = {"transformer": Transformer, "cmlm": CMLM}
+KINDS: dict[str, type[Teacher] | type[Student]] = {
+    "transformer": Transformer,
+    "lstm": Seq2Seq,
+    "cmlm": CMLM,
+    "tagger": Tagger,
+}
 """Networks by the name that a model directory has for them."""
 _BY_ARCHITECTURE: dict[tuple[str, str], type[Teacher] | type[Student]] = {
     ("teacher", "transformer"): Transformer,
+    ("teacher", "lstm"): Seq2Seq,
     ("student", "transformer"): CMLM,
+    ("student", "bilstm"): Tagger,
 }
-_ARCHITECTURES: dict[str, type[AnyArchitecture]] = {"transformer": Architecture, "cmlm": Architecture}
+_ARCHITECTURES: dict[str, type[AnyArchitecture]] = {
+    "transformer": Architecture,
+    "lstm": LSTMArchitecture,
+    "cmlm": Architecture,
+    "tagger": TaggerArchitecture,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +105,7 @@ def save_model(
                     },
                 },
                 "weights": {"sha256": _sha256(fresh / WEIGHTS)},
-                "card": card or {},
+                "card": (card or {}) | ({"right_to_left": True} if getattr(model, "right_to_left", False) else {}),
             }
             (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             for path in fresh.iterdir():

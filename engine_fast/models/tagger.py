@@ -58,7 +58,7 @@ class Tagger(Student):
         width, positions = architecture.embedding_width, architecture.max_positions
         self.embedding = Table(source_size, width)
         self.layers = BiLSTM(width, architecture.width, architecture.layers, dropout=architecture.dropout)
-        self.output = Head(2 * architecture.width, target_size, bias=False)
+        self.output = Head(2 * architecture.width, target_size)
         self.length_embedding = LengthTable(positions, width, width**-0.5)
         self.source_length = SourceLength(positions + 1, width)
         self.reset_parameters()
@@ -106,11 +106,12 @@ class Tagger(Student):
         refuse_to_compile(self.architecture.kind)
 
     def reset_parameters(self) -> None:
-        """Layers as reset_lstm says; tables and head N(0, 1/width), PAD's row 0."""
+        """Layers as reset_lstm says; tables and head N(0, 1/width), PAD's row and biases 0."""
         for layer in self.layers.layers:
             assert isinstance(layer, nn.LSTM)
             reset_lstm(layer)
         for table in (self.embedding, self.output, self.length_embedding, self.source_length):
             assert isinstance(table.weight, Tensor)
             nn.init.normal_(table.weight, std=table.weight.shape[1] ** -0.5)
+        nn.init.zeros_(self.output.bias)
         nn.init.zeros_(self.embedding.weight.data[PAD])

@@ -24,6 +24,7 @@ from engine_fast.models import load_model
 from engine_fast.recipes.execute import Say
 from engine_fast.recipes.graph import Stage, ancestors, hash_file, identities, read_record
 from engine_fast.training import Reuse, train_cmlm, train_engine, train_teacher
+from engine_fast.training.ensemble import member_hashes
 
 _WITHOUT_EFFECT = {"log_every", *ROUNDING_ONLY}
 """Training settings that change no result but for rounding: a stage goes on, or stands, when they change."""
@@ -133,7 +134,9 @@ def _drafts(config: RunConfig, bodies: _Bodies, prepare_stage: Stage | None) -> 
     engine_extra = {"deepspeed": deepspeed} if deepspeed else {}
 
     def training(name: str, upstream: Sequence[str], body: Callable[[Path], None]) -> Stage:
-        settings = {**seed, **engine_extra, name: _section(getattr(config, name), _WITHOUT_EFFECT)}
+        settings: dict[str, Any] = {**seed, **engine_extra, name: _section(getattr(config, name), _WITHOUT_EFFECT)}
+        if name == "engine" and config.engine.ensemble:
+            settings["members"] = member_hashes(config.engine)
         # not metrics.jsonl: it holds times, which must not make a later stage run again
         return Stage(name, tuple(upstream), settings, ("model/**/*",), body, every_rank=True)
 

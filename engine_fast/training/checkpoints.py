@@ -64,7 +64,7 @@ class Checkpoints:
         origin: dict[str, str],
         say: Callable[[str], None],
     ) -> None:
-        """`origin`: what a snapshot must come from to be continued, by name: stage and frozen teacher."""
+        """`origin`: what a snapshot must come from to be continued, by name: stage and frozen teachers."""
         self.store, self._config, self._engine, self._average = store, config, engine, average
         self._world, self._origin, self._say = world, origin, say
         self._saved = -1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -50,9 +50,9 @@ class Trainer:
         validator: Validator,
         world: World,
         stop: Stop,
-        teacher: str | None = None,
+        teachers: Mapping[str, str],
     ) -> None:
-        """`teacher`: hash of the frozen teacher, which no checkpoint holds: each names it, and asks for it again."""
+        """`teachers`: hashes of the frozen ones, which no checkpoint holds: each names them and asks for them again."""
         self.stage, self.config, self.run_config, self.directory = stage, config, run, directory
         self._engine, self._feeder, self._validator, self._world, self._stop = engine, feeder, validator, world, stop
         self._store = CheckpointStore(directory / "checkpoints", world=world, min_free_bytes=run.runtime.min_free_bytes)
@@ -61,7 +61,7 @@ class Trainer:
         self._reporter = Reporter(stage, total=config.max_updates, silent=not world.is_main)
         self._checkpoints = Checkpoints(
             self._store, config, engine=engine, average=self._average, world=world, say=self.say,
-            origin={"stage": stage} | ({} if teacher is None else {"teacher": teacher}),
+            origin={"stage": stage, **teachers},
         )  # fmt: skip
         self.progress = Progress()
         self._log: MetricsLog | None = None

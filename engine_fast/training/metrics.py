@@ -18,6 +18,7 @@ from engine_fast.evaluation.files import write_atomic
 
 SUMS = (
     "loss", "nll", "tokens", "sentences", "energy", "relaxed_energy", "length_loss", "length_correct", "masked_tokens",
+    "repetition",
 )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ class Sums:
         self._sums.zero_()
 
     def averages(self, world: World) -> dict[str, float]:
-        """Over all ranks: loss and nll a token, energies and the length loss a sentence, length accuracy, counts."""
+        """Over all ranks: loss and nll a token; energies, length loss, repetitions a sentence; right lengths; counts."""
         seen = frozenset().union(*world.gather(self._seen))
         total = world.all_reduce_sum(self._sums.clone()).tolist()
         sums = {name: value for name, value in zip(SUMS, total, strict=True) if name in seen}
@@ -61,6 +62,7 @@ class Sums:
             ("energy", sentences),
             ("relaxed_energy", sentences),
             ("length_loss", sentences),
+            ("repetition", sentences),
         ):
             if name in sums:
                 result[name] = sums[name] / unit

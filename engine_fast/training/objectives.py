@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from engine_fast.config import CMLMConfig, EngineConfig, TeacherConfig, TemperatureSchedule
 from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import EOS, MASK, PAD
-from engine_fast.decoding.mask_predict import MIN_LENGTH
+from engine_fast.decoding.mask_predict import MIN_LENGTH, predict_lengths
 from engine_fast.energies import (
     Energy,
     GivenLogits,
@@ -96,11 +96,13 @@ class CMLMObjective(nn.Module):
 
 
 class EngineObjective(nn.Module):
-    """ENGINE (paper, eq. 1): relaxed energy + length_loss_weight * length loss + alpha * cross-entropy.
+    """ENGINE (paper, eq. 1): relaxed energy + length_loss_weight * length loss + alpha * cross-entropy
+    + repetition_weight * expected repetitions.
 
-    The student sees masks at every real position. The teachers behind `energy` are frozen: their encoders run once
-    without a graph, their decoders pass gradients to the student's logits only; float16 ones beside a float32 student
-    at a scale that float16 can hold. `within(use)` calls use(_) where the weights of a sharded teacher are whole.
+    The student sees masks at every real position, of the data's lengths or of its own. The teachers behind `energy` are
+    frozen: their encoders run once without a graph, their decoders pass gradients to the student's logits only; float16
+    ones beside a float32 student at a scale that float16 can hold. `within(use)` calls use(_) where the weights of a
+    sharded teacher are whole.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class EngineObjective(nn.Module):
         self._memories: dict[int, Any] = {}
         self.config = config
         self.relaxation = Relaxation(config.o1, config.o2, config.temperature, stl_logits=config.stl_logits)
-        self._now = self.relaxation
+        self._now = self._relaxation_at(0.0)
         self._whole_log_probabilities = "STL" in (config.o1, config.o2) and config.stl_logits == "log_probabilities"
         self._warn_of_whole_logits()
 
@@ -147,16 +149,16 @@ class EngineObjective(nn.Module):
         A sharded teacher encodes in forward(): its layers are then gathered in one order, which can be foreseen. One
         with dropout does too: each micro-batch has a seed of its own, whoever computes it.
         """
-        schedule = self.config.o1_temperature
-        if schedule is not None:
-            self._now = replace(self.relaxation, o1_temperature=temperature_at(schedule, done))
+        self._now = self._relaxation_at(done)
         if self._within[0] is None and not any(teacher.training for teacher in self.teachers):
             with torch.no_grad():
                 self._memories = {id(batch): self._encode(batch.source) for batch in batches}
 
     def forward(self, batch: Batch, *, noise: tuple[Tensor | None, Tensor | None] = (None, None)) -> Loss:
         memory, length_logits_BL = self.trained.encode(batch.source)
-        target_BT = slots_of(length_logits_BL) if self.config.predicted_lengths else batch.target
+        target_BT = batch.target
+        if self.config.predicted_lengths:
+            target_BT = slots_of(length_logits_BL, longest=self._longest(len(batch.source)))
         hidden_BTD = self.trained.decode(memory, torch.where(target_BT != PAD, MASK, PAD))
         real_BT, inner_BT = target_BT != PAD, inner_positions(target_BT)
         scale = self._scale(hidden_BTD)
@@ -194,7 +196,8 @@ class EngineObjective(nn.Module):
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over the batch: relaxed_energy (this objective's operators) and energy of the arg-max words, in nats.
 
-        Both use the lengths of batch.target and put the end symbol in the last slot (paper, section 4.4).
+        Both use the lengths of batch.target and put the end symbol in the last slot (paper, section 4.4); the relaxed
+        one has config.temperature under both operators, so that figures of different updates and runs compare.
         """
         memory, length_logits_BL = self.trained.encode(batch.source)
         hidden_BTD = self.trained.decode(memory, torch.where(batch.target != PAD, MASK, PAD))
@@ -210,6 +213,18 @@ class EngineObjective(nn.Module):
         length_loss, length_correct = length_cross_entropy(length_logits_BL, batch.target)
         stats = {"energy": energy, "relaxed_energy": relaxed, "length_loss": length_loss}
         return _stats(batch, loss=relaxed, length_correct=length_correct, **stats)
+
+    def _relaxation_at(self, done: float) -> Relaxation:
+        schedule = self.config.o1_temperature
+        if schedule is None:
+            return self.relaxation
+        return replace(self.relaxation, o1_temperature=temperature_at(schedule, done))
+
+    def _longest(self, num_sentences: int) -> int:
+        """Slots that a predicted length may ask for: what the batch's budget allows, as it does for the data's own
+        lengths, and what every network has positions for."""
+        positions = min(network.max_positions for network in (self.trained, *self.teachers))
+        return max(MIN_LENGTH, min(self.config.batch.max_tokens // num_sentences, positions))
 
     def _with_teachers(self, use: Callable[[], T]) -> T:
         within = self._within[0]
@@ -254,12 +269,12 @@ def temperature_at(schedule: TemperatureSchedule, done: float) -> float:
     return float(schedule.start * (schedule.end / schedule.start) ** done)
 
 
-def slots_of(length_logits_BL: Tensor) -> Tensor:
+def slots_of(length_logits_BL: Tensor, *, longest: int) -> Tensor:
     """(B, T) ids without meaning but for their padding: as many slots as each sentence's most probable length has.
 
-    As in decoding, a sentence has a word and the end symbol at least.
+    As in decoding, a sentence has a word and the end symbol at least; T <= longest. No gradient.
     """
-    length_B = length_logits_BL[:, MIN_LENGTH:].argmax(-1) + MIN_LENGTH
+    length_B = predict_lengths(length_logits_BL.detach()[:, : longest + 1], 1)[:, 0]
     slots_T = torch.arange(int(length_B.max()), device=length_B.device)
     return torch.where(slots_T < length_B[:, None], MASK, PAD)
 

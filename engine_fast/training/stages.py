@@ -26,6 +26,7 @@ from engine_fast.energies import Energy, EnsembleEnergy, TeacherEnergy
 from engine_fast.errors import CheckpointError, VocabularyError, require
 from engine_fast.models import Student, Teacher, freeze, load_model, save_model
 from engine_fast.models.store import LoadedModel, copy_matching, new_network
+from engine_fast.training.ensemble import member_directories
 from engine_fast.training.export import assemble
 from engine_fast.training.feeding import Feeder, Subset, fitting
 from engine_fast.training.interrupt import catching_signals
@@ -86,7 +87,14 @@ def train_cmlm(
     def build(world: World) -> tuple[Student, Callable[[nn.Module], nn.Module]]:
         model = cast(Student, _fresh("cmlm", config, prepared))
         if "teacher" in models:
-            copy_matching(model, _load(models["teacher"], "teacher", prepared).model)
+            teacher = _load(models["teacher"], "teacher", prepared).model
+            kinds = teacher.architecture.kind, model.architecture.kind
+            require(
+                kinds == ("transformer", "transformer"),
+                "cmlm.from_teacher", True, f"false: the teacher is a {kinds[0]} network, the student a {kinds[1]} one",
+                "Only transformers have weights in common.",
+            )  # fmt: skip
+            copy_matching(model, teacher)
         return model, lambda module: CMLMObjective(cast(Student, module), config.cmlm)
 
     _Job("cmlm", config, config.cmlm, prepared, (corpus, valid_corpus), build, _one_pass, models=models).run(directory)
@@ -149,7 +157,7 @@ def train_engine(
         )
 
     models = {"teacher": teacher_dir} | {
-        f"teacher {number}": Path(member.path) for number, member in enumerate(config.engine.ensemble, start=2)
+        f"teacher {number}": path for number, path in enumerate(member_directories(config.engine), start=2)
     }
     names = list(models)
     models["cmlm"] = cmlm_dir
@@ -191,9 +199,10 @@ class _Job:
             engine = Engine(objective_of(model), model, self.settings, extra=self.config.deepspeed, world=world)
             if self.settings.compile:  # not before: the engine may have copied the model
                 model.compile_stacks()
+            frozen = [name for name in self.models if name != "cmlm"] if self.stage == "engine" else []
             trainer = Trainer(
                 self.stage, self.settings, self.config, directory, engine=engine, world=world, stop=stop,
-                teacher=inputs["teacher model"] if self.stage == "engine" else None,
+                teachers={name: inputs[f"{name} model"] for name in frozen},
                 feeder=Feeder(corpus, self.settings.batch, seed=derive(self.config.seed, self.stage), world=world),
                 validator=Validator(
                     valid, objective_of, max_tokens=self.settings.batch.max_tokens, bleu=self._bleu_set(limits),

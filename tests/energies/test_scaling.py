@@ -33,6 +33,7 @@ def gradients(dtype, divisor, **settings):
         {"head_memory": "keep"},
         {"head_memory": "recompute"},
         {"cross_entropy_weight": 0.5},
+        {"repetition_weight": 2.0},
         {"o1": "STL", "stl_logits": "log_probabilities"},
     ],
     ids=str,

@@ -33,6 +33,14 @@ def test_nothing_to_choose_from_means_no_reranking() -> None:
     ]  # fmt: skip
 
 
+def test_a_student_that_cannot_refine_has_one_pass() -> None:
+    for iterations in ([1, 4, 10], [4]):
+        config = EvaluateConfig(iterations=iterations, oracle_lengths=False, cmlm_length_beam=1)
+        assert [system.label for system in systems_of(config, refine=False)] == [
+            "teacher-greedy", "teacher-beam", "cmlm.i1.k1", "engine.i1.k3", "engine.i1.k1", "engine-rerank.i1.k3",
+        ]  # fmt: skip
+
+
 def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "deep" / "file.json"
     write_json(path, {"a": 1})

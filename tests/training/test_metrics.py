@@ -17,9 +17,15 @@ def stats(**values):
 def test_averages_divide_each_sum_by_its_own_count():
     sums = Sums(WORLD.device)
     sums.add(stats(loss=30, nll=8, tokens=10, sentences=2, energy=6, length_loss=4, length_correct=1, masked_tokens=4))
-    sums.add(stats(loss=10, nll=8, tokens=10, sentences=2, energy=2, length_loss=0, length_correct=2, masked_tokens=4))
+    sums.add(
+        stats(
+            loss=10, nll=8, tokens=10, sentences=2, energy=2, length_loss=0, length_correct=2, masked_tokens=4,
+            repetition=8,
+        )
+    )  # fmt: skip
     assert sums.averages(WORLD) == {
         "tokens": 20, "sentences": 4, "loss": 2, "nll": 2, "energy": 2, "length_loss": 1, "length_accuracy": 0.75,
+        "repetition": 2,
     }  # fmt: skip
 
 

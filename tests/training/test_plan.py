@@ -155,3 +155,17 @@ def test_a_refused_change_is_left_out_and_ranks_are_checked():
     assert applied(config(), (("teacher.zero_stage", 0), ("teacher.precision", "bf16"))) is None
     with pytest.raises(ConfigError, match="ranks = 0"):
         plan_memory(config(), "teacher", ranks=0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changed", "message"),
+    [
+        ("teacher", {"teacher__architecture": {"kind": "lstm"}}, r"teacher.architecture.kind = 'lstm': expected 'tra"),
+        ("cmlm", {"cmlm__architecture": {"kind": "bilstm"}}, r"cmlm.architecture.kind = 'bilstm': expected 'transform"),
+        ("engine", {"cmlm__architecture": {"kind": "bilstm"}}, r"engine.architecture.kind = 'bilstm': expected 'trans"),
+        ("engine", {"teacher__architecture": {"kind": "lstm"}}, r"teacher.architecture.kind = 'lstm': expected 'tra"),
+    ],
+)
+def test_only_transformers_are_planned(stage, changed, message):
+    with pytest.raises(ConfigError, match=message):
+        planned(stage, **changed)

@@ -118,6 +118,7 @@ def test_the_cmlm_keeps_what_is_planned(changed, precision, checkpointing):
         {"teacher_precision": "fp32"},
         {"teacher_precision": "bf16", "head_memory": "recompute"},
         {"cross_entropy_weight": 0.5},
+        {"repetition_weight": 0.5, "head_memory": "recompute"},
         {"o2": "STL", "stl_logits": "log_probabilities"},
     ],
     ids=str,

@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from engine_fast.config import Architecture, RunConfig, TrainConfig
+from engine_fast.config import AnyArchitecture, Architecture, RunConfig, TrainConfig
 from engine_fast.errors import require
 from engine_fast.training.plan.activations import Block, Shape
-from engine_fast.training.plan.sizes import sizes_of
+from engine_fast.training.plan.sizes import sizes_of, transformer
 from engine_fast.training.plan.tape import BYTES, cmlm_tape, engine_tape, teacher_tape, validation
 from engine_fast.training.plan.zero import DEFAULTS, Bytes, Zero
 
@@ -80,7 +80,7 @@ def plan_memory(
     return max(plans, key=lambda plan: plan.total)
 
 
-def architecture_of(run: RunConfig, stage: Stage) -> Architecture:
+def architecture_of(run: RunConfig, stage: Stage) -> AnyArchitecture:
     """Of the trained model; the engine stage's student has the CMLM's but for its dropout."""
     if stage == "teacher":
         return run.teacher.architecture
@@ -108,14 +108,14 @@ def largest_shapes(run: RunConfig, stage: Stage) -> list[Shape]:
 def _plan(
     run: RunConfig, stage: Stage, settings: TrainConfig, words: int, shape: Shape, ranks: int, device: Device
 ) -> MemoryPlan:
-    architecture = architecture_of(run, stage)
+    architecture = transformer(architecture_of(run, stage), stage)
     sizes = sizes_of(architecture, words, cmlm=stage != "teacher")
     if stage == "teacher":
         tape = teacher_tape(run.teacher, words, shape, device)
     elif stage == "cmlm":
         tape = cmlm_tape(run.cmlm, words, shape, device)
     else:
-        tape = engine_tape(run.engine, architecture, run.teacher.architecture, words, shape, device)
+        tape = engine_tape(run.engine, architecture, _teacher_architecture(run), words, shape, device)
     zero = Zero(sizes, settings, ranks, run.deepspeed, device)
     held, host = zero.held()
     per_rank = settings.batch.per_rank(ranks)
@@ -175,7 +175,7 @@ def _walk(tape: list[Block], zero: Zero, held: Bytes, accumulated: bool) -> dict
 
 def _teacher(run: RunConfig, words: int, ranks: int) -> int:
     """Whole on every rank; sharded over them, its weights are gathered to be used."""
-    size = sizes_of(run.teacher.architecture, words, cmlm=False)
+    size = sizes_of(_teacher_architecture(run), words, cmlm=False)
     width = _teacher_bytes(run)
     whole = width * (size.total + size.buffers)
     if run.engine.teacher_placement == "replicated" or ranks == 1:
@@ -187,7 +187,11 @@ def _teacher(run: RunConfig, words: int, ranks: int) -> int:
 
 def _states(run: RunConfig, shape: Shape) -> int:
     """Of the teacher's encoder, for a micro-batch."""
-    return shape.sentences * shape.source * run.teacher.architecture.width * _teacher_bytes(run)
+    return shape.sentences * shape.source * _teacher_architecture(run).width * _teacher_bytes(run)
+
+
+def _teacher_architecture(run: RunConfig) -> Architecture:
+    return transformer(run.teacher.architecture, "teacher")
 
 
 def _teacher_bytes(run: RunConfig) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine_fast.config import Architecture
+from engine_fast.config import AnyArchitecture, Architecture
+from engine_fast.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ class Sizes:
     @property
     def largest(self) -> int:
         return max(self.tensors)
+
+
+def transformer(architecture: AnyArchitecture, stage: str) -> Architecture:
+    """The architecture, whose memory can be planned. Raises ConfigError for any other."""
+    if not isinstance(architecture, Architecture):
+        raise ConfigError(
+            f"{stage}.architecture.kind = {architecture.kind!r}: expected 'transformer', because the memory plan knows "
+            f"no other networks. Plan the other stages (--stage), or train {stage} for a few updates and look."
+        )
+    return architecture
 
 
 def sizes_of(architecture: Architecture, vocabulary: int, *, cmlm: bool) -> Sizes:

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from engine_fast.config import Architecture, CMLMConfig, EngineConfig, RunConfig, TrainConfig
+from engine_fast.errors import ConfigError
 from engine_fast.training.plan.activations import Block, Numerics, Shape, masked_rows, stack, without_graph
-from engine_fast.training.plan.sizes import Sizes, sizes_of
+from engine_fast.training.plan.sizes import Sizes, sizes_of, transformer
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _TILE_BYTES = {"cpu": 128 << 20, "cuda": 64 << 20}
@@ -19,7 +20,7 @@ _SOFTMAX_VALUES = 1 << 20
 
 def teacher_tape(config: TrainConfig, vocabulary: int, shape: Shape, device: str) -> list[Block]:
     """Label-smoothed cross-entropy of every target position."""
-    architecture = config.architecture
+    architecture = transformer(config.architecture, "teacher")
     sizes = sizes_of(architecture, vocabulary, cmlm=False)
     numerics = _numerics(config, device)
     blocks = [*_encoder(architecture, sizes, shape, numerics), *_decoder(architecture, sizes, shape, numerics)]
@@ -28,7 +29,7 @@ def teacher_tape(config: TrainConfig, vocabulary: int, shape: Shape, device: str
 
 def cmlm_tape(config: CMLMConfig, vocabulary: int, shape: Shape, device: str) -> list[Block]:
     """The same of the masked positions, and of the length."""
-    architecture = config.architecture
+    architecture = transformer(config.architecture, "cmlm")
     sizes = sizes_of(architecture, vocabulary, cmlm=True)
     numerics = _numerics(config, device)
     blocks = _student(architecture, sizes, shape, numerics)
@@ -39,6 +40,11 @@ def engine_tape(
     config: EngineConfig, student: Architecture, teacher: Architecture, vocabulary: int, shape: Shape, device: str
 ) -> list[Block]:
     """Student, its head and O1; the frozen teacher's encoder without and decoder with a graph; its head and O2."""
+    if config.ensemble:
+        raise ConfigError(
+            f"engine.ensemble has {len(config.ensemble)} members, expected none, because the memory plan does not read "
+            "their sizes. Plan without them and add, for each, its weights and as many activations as the teacher has."
+        )
     sizes, of_teacher = sizes_of(student, vocabulary, cmlm=True), sizes_of(teacher, vocabulary, cmlm=False)
     frozen = Numerics(
         BYTES[config.teacher_precision or config.precision], device,
@@ -51,7 +57,8 @@ def engine_tape(
         encoding.append(without_graph(encoder, result=states))
     decoder = stack(teacher, of_teacher, shape, frozen, decoder=True)
     log_probabilities = "STL" in (config.o1, config.o2) and config.stl_logits == "log_probabilities"
-    keep = config.head_memory == "keep" or bool(config.cross_entropy_weight) or log_probabilities
+    whole_logits = config.cross_entropy_weight or config.repetition_weight or log_probabilities
+    keep = config.head_memory == "keep" or bool(whole_logits)
     head, energy = (_kept_heads if keep else _recomputed_heads)(
         config, sizes, teacher, vocabulary, shape, frozen, student
     )
@@ -63,6 +70,9 @@ def engine_tape(
     if config.cross_entropy_weight:
         table = end * shape.target
         whole.append(Block("cross-entropy", saved=table, forward=2 * table, backward=2 * table))
+    if config.repetition_weight:
+        table = end * (shape.target - 1)
+        whole.append(Block("repetition", saved=table, forward=table, backward=3 * table))
     return [
         *_student(student, sizes, shape, _numerics(config, device)),
         head,
