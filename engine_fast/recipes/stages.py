@@ -23,7 +23,7 @@ from engine_fast.evaluation.systems import roles_of
 from engine_fast.models import load_model
 from engine_fast.recipes.execute import Say
 from engine_fast.recipes.graph import Stage, ancestors, hash_file, identities, read_record
-from engine_fast.training import train_cmlm, train_engine, train_teacher
+from engine_fast.training import Reuse, train_cmlm, train_engine, train_teacher
 from engine_fast.training.ensemble import member_hashes
 
 _WITHOUT_EFFECT = {"log_every", *ROUNDING_ONLY}
@@ -42,6 +42,7 @@ def build_stages(
     last: str = "report",
     shared: Mapping[str, Stage] | None = None,
     prepare_stage: Stage | None = None,
+    reuse: Reuse | None = None,
 ) -> list[Stage]:
     """The graph of `config`, in an order in which it can run: what `last` needs, and no stage besides.
 
@@ -49,9 +50,10 @@ def build_stages(
 
     Args: out: where each stage has a directory of its name. shared: stages of other graphs by what identities() gives;
         one that does the same work as a stage of this graph stands in its place, with its directory.
-        prepare_stage: of a run with the same seed and data, whose text then need not be hashed again.
+        prepare_stage: of a run with the same seed and data, whose text then need not be hashed again. reuse: what the
+        ENGINE stages of several graphs load and compute once.
     """
-    bodies = _Bodies(config, world, say)
+    bodies = _Bodies(config, world, say, reuse)
     stages = _drafts(config, bodies, prepare_stage)
     wanted = ancestors(stages, last)
     stages = [stage for stage in stages if stage.name in wanted]
@@ -64,8 +66,8 @@ def build_stages(
 class _Bodies:
     """What each stage does in its directory."""
 
-    def __init__(self, config: RunConfig, world: World, say: Say) -> None:
-        self._config, self._world, self._say = config, world, say
+    def __init__(self, config: RunConfig, world: World, say: Say, reuse: Reuse | None) -> None:
+        self._config, self._world, self._say, self._reuse = config, world, say, reuse
         self.directories: dict[str, Path] = {}
         """Of the graph's stages, by name; known before the first of them runs."""
 
@@ -96,7 +98,7 @@ class _Bodies:
         data = self._prepared()
         train_engine(
             self._config, data, self._corpus_of("engine", data), directory, valid_corpus=data.split("valid"),
-            teacher_dir=self._teacher(), cmlm_dir=self.directories["cmlm"],
+            teacher_dir=self._teacher(), cmlm_dir=self.directories["cmlm"], reuse=self._reuse,
         )  # fmt: skip
 
     def evaluate(self, directory: Path) -> None:
