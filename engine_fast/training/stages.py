@@ -32,6 +32,7 @@ from engine_fast.training.feeding import Feeder, Subset, fitting
 from engine_fast.training.interrupt import catching_signals
 from engine_fast.training.loop import StageName, Trainer
 from engine_fast.training.objectives import CMLMObjective, EngineObjective, TeacherObjective
+from engine_fast.training.pretrained import install_teacher
 from engine_fast.training.reuse import Reuse
 from engine_fast.training.run_directory import RunDirectory
 from engine_fast.training.seeding import derive, seed_torch
@@ -42,12 +43,15 @@ _DROPOUTS = {"dropout", "attention_dropout", "activation_dropout"}
 
 
 def train_teacher(config: RunConfig, prepared: Prepared, directory: Path) -> None:
-    """Train the autoregressive teacher on the references; leaves directory/model.
+    """Train the autoregressive teacher on the references, or take over teacher.pretrained; leaves directory/model.
 
     This and the other two: a directory that holds the finished stage is left alone, one that holds a part of it is
     continued. Raises Interrupted after a signal (state saved), DivergenceError, ConfigError, CheckpointError,
     VocabularyError, DataError.
     """
+    if config.teacher.pretrained is not None:
+        install_teacher(config, prepared, directory)
+        return
 
     config = _seeded(config, config.teacher)
 
