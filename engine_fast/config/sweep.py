@@ -29,7 +29,12 @@ class ListedTrial(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9._+-]+$")
     """Of the trial, and of its directory."""
     set: dict[str, Any]
-    """section.key -> value."""
+    """section.key -> value; sections may also be written as such."""
+
+    @field_validator("set", mode="before")
+    @classmethod
+    def _flat(cls, values: Any) -> Any:
+        return _flattened(values)
 
     @field_validator("set")
     @classmethod
@@ -46,6 +51,11 @@ class SweepConfig(Section):
     """Further ones by name; each is combined with the grid."""
     processes: NonNegativeInt = 1
     """Trials at a time on this host; 0 = one per core. Under a launcher: one on each rank, whatever stands here."""
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _flat(cls, grid: Any) -> Any:
+        return _flattened(grid)
 
     @field_validator("grid")
     @classmethod
@@ -103,6 +113,20 @@ def is_seed(key: str) -> bool:
     return key.split(".")[-1] == "seed"
 
 
+def _flattened(tree: Any) -> Any:
+    """{engine: {seed: ..}} as {engine.seed: ..}, so that both can be written, also with --set."""
+    if not isinstance(tree, dict):
+        return tree
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        below = _flattened(value)
+        if isinstance(below, dict):
+            flat |= {f"{key}.{rest}": leaf for rest, leaf in below.items()}
+        else:
+            flat[str(key)] = value
+    return flat
+
+
 def _checked(values: dict[str, Any]) -> dict[str, Any]:
     for key in values:
         section, dot, _ = key.partition(".")
@@ -120,6 +144,8 @@ def _short_names(keys: list[str]) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return "+".join(map(_text, value))
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -23,8 +23,9 @@ from engine_fast.evaluation.systems import roles_of
 from engine_fast.models import load_model
 from engine_fast.recipes.execute import Say
 from engine_fast.recipes.graph import Stage, ancestors, hash_file, identities, read_record
-from engine_fast.training import train_cmlm, train_engine, train_teacher
+from engine_fast.training import Reuse, train_cmlm, train_engine, train_teacher
 from engine_fast.training.ensemble import member_hashes
+from engine_fast.training.pretrained import described, vocabularies_of
 
 _WITHOUT_EFFECT = {"log_every", *ROUNDING_ONLY}
 """Training settings that change no result but for rounding: a stage goes on, or stands, when they change."""
@@ -42,6 +43,7 @@ def build_stages(
     last: str = "report",
     shared: Mapping[str, Stage] | None = None,
     prepare_stage: Stage | None = None,
+    reuse: Reuse | None = None,
 ) -> list[Stage]:
     """The graph of `config`, in an order in which it can run: what `last` needs, and no stage besides.
 
@@ -49,9 +51,10 @@ def build_stages(
 
     Args: out: where each stage has a directory of its name. shared: stages of other graphs by what identities() gives;
         one that does the same work as a stage of this graph stands in its place, with its directory.
-        prepare_stage: of a run with the same seed and data, whose text then need not be hashed again.
+        prepare_stage: of a run with the same seed and data, whose text then need not be hashed again. reuse: what the
+        ENGINE stages of several graphs load and compute once.
     """
-    bodies = _Bodies(config, world, say)
+    bodies = _Bodies(config, world, say, reuse)
     stages = _drafts(config, bodies, prepare_stage)
     wanted = ancestors(stages, last)
     stages = [stage for stage in stages if stage.name in wanted]
@@ -64,13 +67,17 @@ def build_stages(
 class _Bodies:
     """What each stage does in its directory."""
 
-    def __init__(self, config: RunConfig, world: World, say: Say) -> None:
-        self._config, self._world, self._say = config, world, say
+    def __init__(self, config: RunConfig, world: World, say: Say, reuse: Reuse | None) -> None:
+        self._config, self._world, self._say, self._reuse = config, world, say, reuse
         self.directories: dict[str, Path] = {}
         """Of the graph's stages, by name; known before the first of them runs."""
 
     def prepare(self, directory: Path) -> None:
-        counted = prepare(self._config.data, directory / "data", seed=self._config.seed)
+        config = self._config
+        given = None if config.teacher.pretrained is None else vocabularies_of(config.teacher.pretrained)
+        if given is not None and "vocabulary" in config.data.model_fields_set:
+            self._say("prepare: data.vocabulary has no effect, the vocabularies are those of teacher.pretrained")
+        counted = prepare(config.data, directory / "data", seed=config.seed, given=given)
         for split, part in counted.splits.items():
             self._say(f"prepare: {split}: {part.kept} of {part.read} pairs kept")
 
@@ -96,7 +103,7 @@ class _Bodies:
         data = self._prepared()
         train_engine(
             self._config, data, self._corpus_of("engine", data), directory, valid_corpus=data.split("valid"),
-            teacher_dir=self._teacher(), cmlm_dir=self.directories["cmlm"],
+            teacher_dir=self._teacher(), cmlm_dir=self.directories["cmlm"], reuse=self._reuse,
         )  # fmt: skip
 
     def evaluate(self, directory: Path) -> None:
@@ -128,18 +135,21 @@ class _Bodies:
 def _drafts(config: RunConfig, bodies: _Bodies, prepare_stage: Stage | None) -> list[Stage]:
     """Every stage that a run may have, each after what it reads."""
     seed = {"seed": config.seed}
+    pretrained = config.teacher.pretrained
+    taken = {} if pretrained is None else {"pretrained": described(pretrained)}
     deepspeed = _numeric(config.deepspeed)
     engine_extra = {"deepspeed": deepspeed} if deepspeed else {}
 
     def training(name: str, upstream: Sequence[str], body: Callable[[Path], None]) -> Stage:
         settings: dict[str, Any] = {**seed, **engine_extra, name: _section(getattr(config, name), _WITHOUT_EFFECT)}
+        settings |= taken if name == "teacher" else {}
         if name == "engine" and config.engine.ensemble:
             settings["members"] = member_hashes(config.engine)
         # not metrics.jsonl: it holds times, which must not make a later stage run again
         return Stage(name, tuple(upstream), settings, ("model/**/*",), body, every_rank=True)
 
     prepared = (
-        Stage("prepare", (), {**seed, **_prepare_inputs(config.data)}, ("data/**/*",), bodies.prepare)
+        Stage("prepare", (), {**seed, **taken, **_prepare_inputs(config.data)}, ("data/**/*",), bodies.prepare)
         if prepare_stage is None
         else prepare_stage
     )

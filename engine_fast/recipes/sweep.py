@@ -26,6 +26,7 @@ from engine_fast.evaluation.files import write_json
 from engine_fast.recipes.execute import Say, run_graph
 from engine_fast.recipes.graph import Stage, identities, plan_stage, read_json, read_record
 from engine_fast.recipes.stages import build_stages
+from engine_fast.training import Reuse
 
 FAILURE = "failure.json"
 """In a trial's directory: why it failed, in the sweep that goes on."""
@@ -44,6 +45,8 @@ class TrialGraph:
     """Those that not all trials share, in order; some may stand in the directory of another trial."""
     known: Mapping[str, str]
     """Stage -> hash of its outputs, for those that are done before any trial begins."""
+    result: Path
+    """Directory of its last stage."""
 
     def outputs_hash(self) -> str | None:
         """Of its last stage; None while it is not done."""
@@ -61,7 +64,7 @@ class Sweep:
     def __init__(self, config: RunConfig, out: Path, *, world: World, say: Say) -> None:
         """Raises ConfigError for a trial whose settings cannot be used."""
         assert config.sweep is not None
-        self._out, self._world, self._say = out, world, say
+        self._out, self._world, self._say, self._reuse = out, world, say, Reuse()
         self._trials = [(trial, trial_config(config, trial)) for trial in trials_of(config.sweep)]
         alone = config.model_copy(update={"sweep": None, "table": None})
         self._base = build_stages(alone, out, world=world, say=say, last=_LAST)
@@ -85,7 +88,7 @@ class Sweep:
             for stage in own:
                 homes.setdefault(names[stage.name], stage)
             before = {stage.name: known[names[stage.name]] for stage in stages if names[stage.name] in done}
-            found.append(TrialGraph(trial, self._place(trial), own, before))
+            found.append(TrialGraph(trial, self._place(trial), own, before, stages[-1].place(self._out)))
         return found
 
     def _done_without_sweep(self, hashes: dict[str, str]) -> dict[str, Stage]:
@@ -106,7 +109,7 @@ class Sweep:
 
         return build_stages(
             config, self._place(trial), world=self._world, say=say, last=_LAST, shared=shared,
-            prepare_stage=self._base[0],
+            prepare_stage=self._base[0], reuse=self._reuse,
         )  # fmt: skip
 
     def _place(self, trial: Trial) -> Path:

@@ -47,8 +47,8 @@ def run_sweep(config: RunConfig, out: Path, *, world: World, say: Say) -> None:
             with world.together():
                 run_workers(config, out, processes, world=world, say=say)
     done = world.on_main(partial(require_all, graphs, out))
-    places = [(graph.trial, graph.stages[-1].place(graph.directory)) for graph in graphs]
-    run_graph([sweep_stage(config, out, places)], out, world=world, say=say, known=done)
+    table = sweep_stage(config, out, [(graph.trial, graph.result) for graph in graphs])
+    run_graph([table], out, world=world, say=say, known=done)
 
 
 def run_workers(config: RunConfig, out: Path, count: int, *, world: World, say: Say) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -31,6 +32,8 @@ from engine_fast.training.feeding import Feeder, Subset, fitting
 from engine_fast.training.interrupt import catching_signals
 from engine_fast.training.loop import StageName, Trainer
 from engine_fast.training.objectives import CMLMObjective, EngineObjective, TeacherObjective
+from engine_fast.training.pretrained import install_teacher
+from engine_fast.training.reuse import Reuse
 from engine_fast.training.run_directory import RunDirectory
 from engine_fast.training.seeding import derive, seed_torch
 from engine_fast.training.validation import BleuSet, Decode, Validator
@@ -40,12 +43,17 @@ _DROPOUTS = {"dropout", "attention_dropout", "activation_dropout"}
 
 
 def train_teacher(config: RunConfig, prepared: Prepared, directory: Path) -> None:
-    """Train the autoregressive teacher on the references; leaves directory/model.
+    """Train the autoregressive teacher on the references, or take over teacher.pretrained; leaves directory/model.
 
     This and the other two: a directory that holds the finished stage is left alone, one that holds a part of it is
     continued. Raises Interrupted after a signal (state saved), DivergenceError, ConfigError, CheckpointError,
     VocabularyError, DataError.
     """
+    if config.teacher.pretrained is not None:
+        install_teacher(config, prepared, directory)
+        return
+
+    config = _seeded(config, config.teacher)
 
     def build(world: World) -> tuple[Teacher, Callable[[nn.Module], nn.Module]]:
         model = cast(Teacher, _fresh("teacher", config, prepared))
@@ -78,6 +86,8 @@ def train_cmlm(
     )  # fmt: skip
     models = {"teacher": teacher_dir} if teacher_dir is not None and config.cmlm.from_teacher else {}
 
+    config = _seeded(config, config.cmlm)
+
     def build(world: World) -> tuple[Student, Callable[[nn.Module], nn.Module]]:
         model = cast(Student, _fresh("cmlm", config, prepared))
         if "teacher" in models:
@@ -103,12 +113,16 @@ def train_engine(
     valid_corpus: ParallelCorpus,
     teacher_dir: Path,
     cmlm_dir: Path,
+    reuse: Reuse | None = None,
 ) -> None:
     """Train the student from the CMLM's weights on the frozen teacher's energy; leaves directory/model.
 
     teacher_dir, cmlm_dir: model directories, or the stage directories around them. The student has the CMLM's
-    architecture; engine.architecture, if given, sets its dropout and must otherwise agree.
+    architecture; engine.architecture, if given, sets its dropout and must otherwise agree. reuse: what earlier calls
+    in this process have left; without effect on a teacher that is sharded, compiled or keeps its dropout.
     """
+
+    config = _seeded(config, config.engine)
 
     def build(world: World) -> tuple[Student, Callable[[nn.Module], nn.Module]]:
         student = _student(cast(Student, _load(cmlm_dir, "student", prepared).model), config)
@@ -121,7 +135,12 @@ def train_engine(
             {precision, config.engine.precision} != {"bf16", "fp16"},
             "engine.teacher_precision", precision, f"{config.engine.precision}, the student's, or fp32",
         )  # fmt: skip
-        teachers = [_frozen(models[name], config.engine, _DTYPES[precision], prepared) for name in names]
+        kept = None if _is_changed(config.engine) else reuse
+        origin = (precision, config.engine.teacher_checkpointing, *(_hash_of_model(models[name]) for name in names))
+        teachers = []
+        for name in names:
+            load = partial(_frozen, models[name], config.engine, _DTYPES[precision], prepared)
+            teachers.append(load() if kept is None else kept.teacher((name, *origin), load))
         within = None
         if config.engine.teacher_placement == "sharded":
             _require_shardable(teachers[0], "engine.teacher_placement", "sharded", "replicated")
@@ -137,7 +156,10 @@ def train_engine(
         if config.engine.ensemble:
             weights = [1.0, *(member.weight for member in config.engine.ensemble)]
             energy = EnsembleEnergy([TeacherEnergy(teacher) for teacher in teachers], weights)
-        return student, lambda module: EngineObjective(cast(Student, module), energy, config.engine, within=within)
+        encode = None if kept is None else partial(kept.encoded, origin, encode=energy.encode)
+        return student, lambda module: EngineObjective(
+            cast(Student, module), energy, config.engine, within=within, encode=encode
+        )
 
     models = {"teacher": teacher_dir} | {
         f"teacher {number}": path for number, path in enumerate(member_directories(config.engine), start=2)
@@ -164,8 +186,6 @@ class _Job:
     """Model directories it starts from."""
 
     def run(self, directory: Path) -> None:
-        if self.settings.seed is not None:
-            self.config = self.config.model_copy(update={"seed": self.settings.seed})
         self._check()
         place = RunDirectory(directory, self.stage)
         inputs = self._inputs()
@@ -228,7 +248,7 @@ class _Job:
             "dev set": _hash_file(self.corpora[1].directory / MANIFEST),
         }
         for name, path in self.models.items():
-            inputs[f"{name} model"] = _hash_file(_model_directory(path) / "model.safetensors")
+            inputs[f"{name} model"] = _hash_of_model(path)
         return inputs
 
     def _facts(self, inputs: dict[str, str]) -> dict[str, str]:
@@ -289,6 +309,11 @@ class _Job:
         }
         save_model(directory / "model", model, *vocabularies, card=card)
         place.finish(updates=progress.update, best_update=progress.best_update, seconds=progress.seconds)
+
+
+def _seeded(config: RunConfig, settings: TrainConfig) -> RunConfig:
+    """With the stage's seed, if it has one, as the run's."""
+    return config if settings.seed is None else config.model_copy(update={"seed": settings.seed})
 
 
 def _fresh(stage: StageName, config: RunConfig, prepared: Prepared) -> Teacher | Student:
@@ -352,6 +377,15 @@ def _student(baseline: Student, config: RunConfig) -> Student:
     student = cast(Student, new_network("student", architecture, baseline.source_size, baseline.target_size))
     student.load_state_dict(baseline.state_dict())
     return student
+
+
+def _is_changed(config: EngineConfig) -> bool:
+    """Whether a loaded teacher does not stay as it was loaded."""
+    return config.teacher_placement == "sharded" or config.teacher_compile or config.teacher_dropout
+
+
+def _hash_of_model(path: Path) -> str:
+    return _hash_file(_model_directory(path) / "model.safetensors")
 
 
 def _hash_file(path: Path) -> str:
