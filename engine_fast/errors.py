@@ -30,6 +30,10 @@ class DivergenceError(EngineFastError):
     """Training produced a value that is not finite."""
 
 
+class SweepError(EngineFastError):
+    """Trials of a sweep are missing, so that nothing can be said of the whole."""
+
+
 class DistributedError(EngineFastError):
     """The processes of a run do not fit together, or have lost one another."""
 

@@ -13,7 +13,7 @@ def say(line: str) -> None:
 
 
 def show(results: dict[str, Any], out: Path) -> None:
-    """The table of systems, the findings, and where the files are."""
+    """The table of systems with the findings, or the table that was asked for; and where the files are."""
     from rich.console import Console
 
     from engine_fast.evaluation.findings import summary
@@ -22,6 +22,11 @@ def show(results: dict[str, Any], out: Path) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 160)  # a log file has no width; do not wrap the table
+    if "table" in results:
+        directory = out / results["table"]["name"]
+        print((directory / "table.md").read_text(encoding="utf-8"))
+        console.print(f"{out / 'results.json'}\n{directory / 'table.md'}\n{directory / 'figure.png'}", soft_wrap=True)
+        return
     console.print(results_table(results))
     for line in summary(results):
         console.print(line)

@@ -1,7 +1,7 @@
 """One typed schema for everything a user can set."""
 
 from engine_fast.config.data import DataConfig, FilterConfig, SyntheticConfig, TextPair, VocabularyConfig
-from engine_fast.config.load import dump_config, load_config, parse_config
+from engine_fast.config.load import dump_config, find_config, load_config, parse_config
 from engine_fast.config.model import (
     AnyArchitecture,
     Architecture,
@@ -11,6 +11,7 @@ from engine_fast.config.model import (
     TeacherArchitecture,
 )
 from engine_fast.config.run import DistillConfig, EvaluateConfig, RunConfig, RuntimeConfig
+from engine_fast.config.sweep import SweepConfig
 from engine_fast.config.training import (
     ROUNDING_ONLY,
     BatchConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "RunConfig",
     "RuntimeConfig",
     "StudentArchitecture",
+    "SweepConfig",
     "SyntheticConfig",
     "TaggerArchitecture",
     "TeacherArchitecture",
@@ -55,6 +57,7 @@ __all__ = [
     "TrainConfig",
     "VocabularyConfig",
     "dump_config",
+    "find_config",
     "load_config",
     "parse_config",
 ]

@@ -15,6 +15,9 @@ from engine_fast.config.base import Section
 from engine_fast.config.run import RunConfig
 from engine_fast.errors import ConfigError
 
+_KIND = "transformer"
+"""Of an architecture that does not say."""
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice."""
@@ -42,25 +45,75 @@ for _side in (_Loader, _Dumper):
     )
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, base: str | Path | None = None
+) -> RunConfig:
     """Read a YAML file and apply `a.b=c` overrides (c is parsed as YAML).
 
-    Raises ConfigError: file missing, not YAML, unknown key (with the nearest), wrong value (with what was expected).
+    `base: other.yaml` in a file, relative to it, puts the file's keys over those of another one; the argument `base`
+    takes its place. Sections are merged key by key; an architecture of another `kind` replaces the one below it.
+
+    Raises ConfigError: file missing, not YAML, unknown key (with the nearest), wrong value (with what was expected),
+    files that are each other's base.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}). Give the path of a YAML file, see configs/.") from error
-    try:
-        tree = yaml.load(text, Loader=_Loader) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds a {type(tree).__name__}, expected sections such as data:, teacher:, engine:.")
+    tree = _read(Path(path), below=None if base is None else Path(base))
     for override in overrides:
         _apply(tree, override)
     return parse_config(tree, str(path))
+
+
+def find_config(path: Path) -> Path:
+    """`path`, or where it is missing the shipped file of that name: configs/demo.yaml is found without a clone."""
+    package = Path(__file__).resolve().parents[1]  # a wheel has configs/ inside, a clone beside it
+    places = (path, *(root / "configs" / _below_configs(path) for root in (package, package.parent)))
+    return next((place for place in places if place.is_file()), path)
+
+
+def _below_configs(path: Path) -> Path:
+    return Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+
+
+def _read(path: Path, above: tuple[Path, ...] = (), *, below: Path | None = None) -> dict[str, Any]:
+    """The file's tree over that of `below`, by default its own base. `above`: the files that led here."""
+    if path.resolve() in (file.resolve() for file in above):
+        chain = " -> ".join(str(file) for file in (*above, path))
+        raise ConfigError(f"base: {chain} comes back to a file that it went through. Take one `base:` out.")
+    tree = _parsed(path, above[-1] if above else None)
+    base = tree.pop("base", None)
+    if below is None and base is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: base = {base!r}, expected the path of one YAML file, relative to this one.")
+        below = path.parent / base
+    return tree if below is None else _merged(_read(below, (*above, path)), tree)
+
+
+def _parsed(path: Path, above: Path | None) -> dict[str, Any]:
+    origin = "" if above is None else f"{above}: its base "
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{origin}{path}: cannot be read ({error}). Give the path of a YAML file, see configs/."
+        ) from error
+    try:
+        tree = yaml.load(text, Loader=_Loader) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}{path}: not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{origin}{path}: holds a {type(tree).__name__}, expected sections such as data:, teacher:, engine:."
+        )
+    return tree
+
+
+def _merged(below: Any, above: Any, key: str = "") -> Any:
+    """Mappings key by key, the values of `above` where both have one."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    if key == "architecture" and above.get("kind", _KIND) != below.get("kind", _KIND):
+        return above  # another network has other keys
+    both = {name: _merged(below[name], value, name) if name in below else value for name, value in above.items()}
+    return below | both
 
 
 def parse_config(tree: dict[str, Any], origin: str = "config") -> RunConfig:
@@ -77,6 +130,20 @@ def dump_config(config: BaseModel) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def put(tree: dict[str, Any], key: str, value: Any, *, origin: str) -> None:
+    """Set `section.key` in a plain tree. Raises ConfigError, which begins with `origin`, where that is no key."""
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{origin}: {parent} holds {child!r}, not a section.")
+        node = child
+    node[leaf] = value
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
@@ -85,16 +152,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML.") from error
-    *parents, leaf = key.split(".")
-    node = tree
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {parent} holds {child!r}, not a section.")
-        node = child
-    node[leaf] = value
+    put(tree, key, value, origin=f"--set {override!r}")
 
 
 def _explain(origin: str, item: Any) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from engine_fast.config.base import Section
 from engine_fast.config.data import DataConfig
+from engine_fast.config.sweep import SweepConfig
 from engine_fast.config.training import CMLMConfig, EngineConfig, TeacherConfig
 
 
@@ -26,6 +27,13 @@ class DistillConfig(Section):
     """Sentences per resumable chunk."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the search."""
+
+
+TableName = Literal["table2", "table3", "table4", "table5", "table6"]
+SystemName = Literal[
+    "teacher-greedy", "teacher-beam",
+    "cmlm", "cmlm-rerank", "cmlm-oracle", "engine", "engine-rerank", "engine-oracle",
+]  # fmt: skip
 
 
 class EvaluateConfig(Section):
@@ -55,6 +63,19 @@ class EvaluateConfig(Section):
     """Sentences timed one by one for the batch-1 speed; 0 = none."""
     bootstrap_samples: NonNegativeInt = 1000
     """Resamples of the paired bootstrap; 0 = none."""
+    systems: list[SystemName] | None = Field(default=None, min_length=1)
+    """Only these, of the systems that the settings above make; default: all. A student of none is not trained."""
+
+    @model_validator(mode="after")
+    def _systems_exist(self) -> EvaluateConfig:
+        for name in self.systems or ():
+            role, _, variant = name.partition("-")
+            beam = getattr(self, f"{role}_length_beam", 0)
+            if variant == "oracle" and not self.oracle_lengths:
+                raise ValueError(f"systems names {name}, which needs oracle_lengths: true")
+            if variant == "rerank" and not (self.rerank and beam > 1):
+                raise ValueError(f"systems names {name}, which needs rerank: true and {role}_length_beam above 1")
+        return self
 
 
 class RuntimeConfig(Section):
@@ -93,5 +114,9 @@ class RunConfig(Section):
     """Stage 6."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Device and threads."""
+    sweep: SweepConfig | None = None
+    """Try variations of the run instead of the run itself."""
+    table: TableName | None = None
+    """Make this table of the paper from what is measured."""
     deepspeed: dict[str, Any] = {}
     """Further keys of DeepSpeed's own config, merged into the generated one; unknown ones are refused."""

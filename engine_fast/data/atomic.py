@@ -91,6 +91,29 @@ def only_one(directory: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def try_only_one(directory: Path) -> Iterator[bool]:
+    """only_one(directory) without waiting for anybody: False where another process, or this one, holds it.
+
+    Raises ConfigError where the file system has no locks: several processes cannot share work there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / _LOCK).open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise ConfigError(
+                f"{directory}: this file system has no locks ({error.strerror}), which tell processes what others work "
+                "on. Choose an --out on another one."
+            ) from error
+        yield True
+
+
 def is_held(directory: Path) -> bool:
     """Whether a process is seen to hold only_one(directory): its death ends that, also of kill -9 and on another host.
 

@@ -31,7 +31,7 @@ from engine_fast.evaluation.metrics import (
 from engine_fast.evaluation.records import Measured, Records, as_lines
 from engine_fast.evaluation.results import machine, versions
 from engine_fast.evaluation.shares import decode_share, latency, merge, score_share
-from engine_fast.evaluation.systems import Decode, System, decoder_of, systems_of
+from engine_fast.evaluation.systems import Decode, System, decoder_of, roles_of, systems_of
 from engine_fast.models import Student, Teacher, load_model
 
 Say = Callable[[str], None]
@@ -43,12 +43,14 @@ def evaluate_systems(
     directory: Path,
     *,
     teacher_dir: Path,
-    cmlm_dir: Path,
-    engine_dir: Path,
+    cmlm_dir: Path | None,
+    engine_dir: Path | None,
     world: World,
     say: Say,
 ) -> dict[str, Any] | None:
     """Every system of systems_of(config.evaluate) on the configured split; every rank of `world` must call it.
+
+    A student that none of them is needs no directory.
 
     The ranks decode and score shares of the batches; rank 0 computes the rest, prints and writes. But for times, the
     result is the same at any number of ranks. Energies are discrete, nats a sentence, mean over the split, under the
@@ -108,7 +110,8 @@ class _Loaded:
 class _Bench:
     """The split, the models, and what is done with one system at a time."""
 
-    def __init__(self, config: RunConfig, prepared: Prepared, world: World, directories: dict[str, Path]) -> None:
+    def __init__(self, config: RunConfig, prepared: Prepared, world: World, given: dict[str, Path | None]) -> None:
+        directories = {role: path for role in roles_of(config.evaluate) if (path := given[role]) is not None}
         self._config, self._settings, self._world, self._prepared = config, config.evaluate, world, prepared
         split = self._settings.split
         self._corpus: ParallelCorpus = prepared.split(split)

@@ -17,7 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 PALETTE = {"ink": "#010203", "faint": "#010204", "teacher": "#010205", "cmlm": "#010206", "engine": "#010207"}
-VARIANTS = {"": ("o", "-"), "-rerank": ("s", "--"), "-beam": ("D", "-"), "-greedy": ("o", "-")}
+VARIANTS = {
+    "": ("o", "-"), "-rerank": ("s", "--"), "-beam": ("D", "-"), "-greedy": ("o", "-"), "-oracle": ("^", ":"),
+}  # fmt: skip
 
 Metrics = Sequence[dict[str, Any]]
 """The lines of a metrics.jsonl."""
@@ -124,11 +126,10 @@ def length_figure(lengths: dict[str, dict[str, int]], shown: Sequence[tuple[str,
 
 
 def _groups(systems: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows by system; oracle lengths are left out, and of a student's length beams the first, its own."""
+    """Rows by system; oracle lengths are left out where there are others, and of length beams all but the first."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in systems:
-        if row["oracle_length"] or _split(row["system"])[1] not in VARIANTS:
-            continue
+    known = [row for row in systems if _split(row["system"])[1] in VARIANTS]
+    for row in [row for row in known if not row["oracle_length"]] or known:
         rows = groups.setdefault(row["system"], [])
         if not any(other["iterations"] == row["iterations"] for other in rows):
             rows.append(row)

@@ -71,7 +71,14 @@ def systems_of(config: EvaluateConfig, *, refine: bool = True) -> list[System]:
                     )
             if config.oracle_lengths:
                 systems.append(System(f"{role}-oracle", role, iterations=iterations, length_beam=1, oracle_length=True))
-    return systems
+    return [system for system in systems if config.systems is None or system.name in config.systems]
+
+
+def roles_of(config: EvaluateConfig) -> list[Role]:
+    """Whose weights an evaluation needs: the systems', and the teacher's, which scores them all."""
+    roles: tuple[Role, ...] = ("teacher", "cmlm", "engine")
+    used = {system.role for system in systems_of(config)}
+    return [role for role in roles if role in used or role == "teacher"]
 
 
 def decoder_of(system: System, model: Teacher | Student, judge: Teacher, *, length_penalty: float = 1.0) -> Decode:

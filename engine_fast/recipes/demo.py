@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine_fast.config import RunConfig, load_config
+from engine_fast.config import RunConfig, find_config, load_config
 from engine_fast.recipes.execute import Say
 from engine_fast.recipes.run import run
 
 
 def demo_config(seed: int | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """configs/demo.yaml with the given seed and `section.key=value` overrides."""
-    package = Path(__file__).resolve().parents[1]
-    path = package / "configs" / "demo.yaml"  # where a wheel has it
-    if not path.is_file():
-        path = package.parent / "configs" / "demo.yaml"  # a clone
-    return load_config(path, [*([] if seed is None else [f"seed={seed}"]), *overrides])
+    return load_config(
+        find_config(Path("configs/demo.yaml")), [*([] if seed is None else [f"seed={seed}"]), *overrides]
+    )
 
 
 def demo(

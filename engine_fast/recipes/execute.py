@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -42,12 +42,17 @@ def run_graph(
     say: Say,
     redo: Sequence[str] = (),
     only: Sequence[str] | None = None,
-) -> None:
-    """Run each stage that is not done. Rank 0 decides; the others follow."""
-    check_order(stages)
-    hashes: dict[str, str] = {}  # of the outputs so far; rank 0's alone, the others have no use for them
+    known: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Run each stage that is not done. Rank 0 decides; the others follow.
+
+    known: hashes of the outputs of stages that are done and no part of `stages`.
+    Returns these and those of `stages`; on rank 0, the others have no use for them.
+    """
+    hashes = dict(known or {})
+    check_order(stages, hashes)
     for stage in stages:
-        directory = out / stage.name
+        directory = stage.place(out)
         plan = world.on_main(partial(_decide, stage, directory, hashes, redo))
         if plan.state == "done":
             _tell(world, say, f"{stage.name}: done before, inputs unchanged")
@@ -66,6 +71,7 @@ def run_graph(
             world.barrier()
         if world.is_main:
             hashes[stage.name] = _record(directory)["outputs_hash"]
+    return hashes
 
 
 def _decide(stage: Stage, directory: Path, hashes: dict[str, str], redo: Sequence[str]) -> Plan:

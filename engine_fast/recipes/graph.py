@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +46,12 @@ class Stage:
     """Fills the directory; called on a half-filled one, it continues."""
     every_rank: bool = False
     """Whether every rank calls run(), or rank 0 alone while the others wait. All wait until rank 0 is done."""
+    directory: Path | None = None
+    """Its directory; by default the one of its name in the run's."""
+
+    def place(self, out: Path) -> Path:
+        """Its directory in a run at `out`."""
+        return out / self.name if self.directory is None else self.directory
 
 
 State = Literal["done", "fresh", "resumed", "changed", "damaged"]
@@ -152,9 +158,27 @@ class StageClock:
         return total
 
 
-def check_order(stages: Sequence[Stage]) -> None:
-    """Every stage stands after what it reads, once."""
-    seen: set[str] = set()
+def ancestors(stages: Sequence[Stage], last: str) -> set[str]:
+    """Names of `last` and of every stage that it needs, at any distance."""
+    wanted = {last}
+    for stage in reversed(stages):
+        if stage.name in wanted:
+            wanted |= set(stage.upstream)
+    return wanted
+
+
+def identities(stages: Sequence[Stage]) -> dict[str, str]:
+    """Stage -> what it is before anything has run: the same for stages of two graphs that do the same work."""
+    found: dict[str, str] = {}
+    for stage in stages:
+        tree = [stage.name, stage.settings, [found[name] for name in stage.upstream]]
+        found[stage.name] = _digest(json.dumps(tree, sort_keys=True).encode())
+    return found
+
+
+def check_order(stages: Sequence[Stage], known: Collection[str] = ()) -> None:
+    """Every stage stands after what it reads, once. `known`: stages that are done."""
+    seen = set(known)
     for stage in stages:
         assert stage.name not in seen, f"stage {stage.name} stands twice"
         assert seen.issuperset(stage.upstream), f"stage {stage.name} stands before one of {stage.upstream}"

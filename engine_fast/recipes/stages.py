@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from engine_fast.evaluation.files import write_json
 from engine_fast.evaluation.measure import evaluate_systems
 from engine_fast.evaluation.report import write_report
 from engine_fast.evaluation.results import machine, versions
+from engine_fast.evaluation.systems import roles_of
 from engine_fast.models import load_model
 from engine_fast.recipes.execute import Say
-from engine_fast.recipes.graph import Stage, hash_file, read_record
-from engine_fast.training import train_cmlm, train_engine, train_teacher
+from engine_fast.recipes.graph import Stage, ancestors, hash_file, identities, read_record
+from engine_fast.training import Reuse, train_cmlm, train_engine, train_teacher
 from engine_fast.training.ensemble import member_hashes
 from engine_fast.training.pretrained import described, vocabularies_of
 
@@ -32,72 +34,113 @@ _QUANTIZED = "zero_quantized"
 _DEEPSPEED_WITHOUT_EFFECT = {"comms_logger", "flops_profiler", "memory_breakdown", "timers", "wall_clock_breakdown"}
 
 
-def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> list[Stage]:
-    """The graph of `config` under `out`, in an order in which it can run.
+def build_stages(
+    config: RunConfig,
+    out: Path,
+    *,
+    world: World,
+    say: Say,
+    last: str = "report",
+    shared: Mapping[str, Stage] | None = None,
+    prepare_stage: Stage | None = None,
+    reuse: Reuse | None = None,
+) -> list[Stage]:
+    """The graph of `config`, in an order in which it can run: what `last` needs, and no stage besides.
 
-    The distill stage is left out when neither student uses distilled targets.
+    So distill is left out where no student uses distilled targets, and a student that no system of the evaluation is.
+
+    Args: out: where each stage has a directory of its name. shared: stages of other graphs by what identities() gives;
+        one that does the same work as a stage of this graph stands in its place, with its directory.
+        prepare_stage: of a run with the same seed and data, whose text then need not be hashed again. reuse: what the
+        ENGINE stages of several graphs load and compute once.
     """
+    bodies = _Bodies(config, world, say, reuse)
+    stages = _drafts(config, bodies, prepare_stage)
+    wanted = ancestors(stages, last)
+    stages = [stage for stage in stages if stage.name in wanted]
+    names = identities(stages)
+    stages = [(shared or {}).get(names[stage.name]) or replace(stage, directory=out / stage.name) for stage in stages]
+    bodies.directories.update({stage.name: stage.place(out) for stage in stages})
+    return stages
+
+
+class _Bodies:
+    """What each stage does in its directory."""
+
+    def __init__(self, config: RunConfig, world: World, say: Say, reuse: Reuse | None) -> None:
+        self._config, self._world, self._say, self._reuse = config, world, say, reuse
+        self.directories: dict[str, Path] = {}
+        """Of the graph's stages, by name; known before the first of them runs."""
+
+    def prepare(self, directory: Path) -> None:
+        config = self._config
+        given = None if config.teacher.pretrained is None else vocabularies_of(config.teacher.pretrained)
+        if given is not None and "vocabulary" in config.data.model_fields_set:
+            self._say("prepare: data.vocabulary has no effect, the vocabularies are those of teacher.pretrained")
+        counted = prepare(config.data, directory / "data", seed=config.seed, given=given)
+        for split, part in counted.splits.items():
+            self._say(f"prepare: {split}: {part.kept} of {part.read} pairs kept")
+
+    def teacher(self, directory: Path) -> None:
+        train_teacher(self._config, self._prepared(), directory)
+
+    def distill(self, directory: Path) -> None:
+        world = self._world
+        teacher = load_model(self._teacher() / "model", device=world.device, kind="teacher")
+        distill(
+            teacher, self._prepared(), self._config.distill, directory,
+            rank=world.rank, world_size=world.size, device=world.device,
+        )  # fmt: skip
+
+    def cmlm(self, directory: Path) -> None:
+        data = self._prepared()
+        train_cmlm(
+            self._config, data, self._corpus_of("cmlm", data), directory, valid_corpus=data.split("valid"),
+            teacher_dir=self._teacher() if self._config.cmlm.from_teacher else None,
+        )  # fmt: skip
+
+    def engine(self, directory: Path) -> None:
+        data = self._prepared()
+        train_engine(
+            self._config, data, self._corpus_of("engine", data), directory, valid_corpus=data.split("valid"),
+            teacher_dir=self._teacher(), cmlm_dir=self.directories["cmlm"], reuse=self._reuse,
+        )  # fmt: skip
+
+    def evaluate(self, directory: Path) -> None:
+        measured = evaluate_systems(
+            self._config, self._prepared(), directory, world=self._world, say=self._say, teacher_dir=self._teacher(),
+            cmlm_dir=self.directories.get("cmlm"), engine_dir=self.directories.get("engine"),
+        )  # fmt: skip
+        if measured is not None:
+            provenance = _provenance(self._config, self.directories, self._world)
+            write_json(directory / "results.json", {"name": self._config.name, **measured, **provenance})
+
+    def report(self, directory: Path) -> None:
+        write_report(self.directories["evaluate"].parent, directory / "report.html")
+
+    def _prepared(self) -> Prepared:
+        with self._world.together():  # a host that cannot read the run directory stops all of them
+            return Prepared.open(self.directories["prepare"] / "data")
+
+    def _teacher(self) -> Path:
+        return self.directories["teacher"]
+
+    def _corpus_of(self, student: str, data: Prepared) -> ParallelCorpus:
+        if getattr(self._config, student).data == "distilled":
+            with self._world.together():
+                return ParallelCorpus.open(self.directories["distill"] / "corpus")
+        return data.split("train")
+
+
+def _drafts(config: RunConfig, bodies: _Bodies, prepare_stage: Stage | None) -> list[Stage]:
+    """Every stage that a run may have, each after what it reads."""
     seed = {"seed": config.seed}
     pretrained = config.teacher.pretrained
     taken = {} if pretrained is None else {"pretrained": described(pretrained)}
     deepspeed = _numeric(config.deepspeed)
     engine_extra = {"deepspeed": deepspeed} if deepspeed else {}
-    distilled = {name for name in ("cmlm", "engine") if getattr(config, name).data == "distilled"}
 
-    def prepared() -> Prepared:
-        with world.together():  # a host that cannot read the run directory stops all of them
-            return Prepared.open(out / "prepare" / "data")
-
-    def corpus_of(student: str) -> ParallelCorpus:
-        if student in distilled:
-            with world.together():
-                return ParallelCorpus.open(out / "distill" / "corpus")
-        return prepared().split("train")
-
-    def run_prepare(directory: Path) -> None:
-        given = None if pretrained is None else vocabularies_of(pretrained)
-        if given is not None and "vocabulary" in config.data.model_fields_set:
-            say("prepare: data.vocabulary has no effect, the vocabularies are those of teacher.pretrained")
-        counted = prepare(config.data, directory / "data", seed=config.seed, given=given)
-        for split, part in counted.splits.items():
-            say(f"prepare: {split}: {part.kept} of {part.read} pairs kept")
-
-    def run_teacher(directory: Path) -> None:
-        train_teacher(config, prepared(), directory)
-
-    def run_cmlm(directory: Path) -> None:
-        data = prepared()
-        teacher_dir = out / "teacher" if config.cmlm.from_teacher else None
-        train_cmlm(
-            config, data, corpus_of("cmlm"), directory, valid_corpus=data.split("valid"), teacher_dir=teacher_dir
-        )
-
-    def run_engine(directory: Path) -> None:
-        data = prepared()
-        train_engine(
-            config, data, corpus_of("engine"), directory, valid_corpus=data.split("valid"),
-            teacher_dir=out / "teacher", cmlm_dir=out / "cmlm",
-        )  # fmt: skip
-
-    def run_distill(directory: Path) -> None:
-        teacher = load_model(out / "teacher" / "model", device=world.device, kind="teacher")
-        distill(
-            teacher, prepared(), config.distill, directory,
-            rank=world.rank, world_size=world.size, device=world.device,
-        )  # fmt: skip
-
-    def run_evaluate(directory: Path) -> None:
-        measured = evaluate_systems(
-            config, prepared(), directory, world=world, say=say,
-            teacher_dir=out / "teacher", cmlm_dir=out / "cmlm", engine_dir=out / "engine",
-        )  # fmt: skip
-        if measured is not None:
-            write_json(directory / "results.json", {"name": config.name, **measured, **_provenance(config, out, world)})
-
-    def run_report(directory: Path) -> None:
-        write_report(out, directory / "report.html")
-
-    def training(name: str, upstream: list[str], body: Callable[[Path], None]) -> Stage:
+    def training(name: str, upstream: Sequence[str], body: Callable[[Path], None]) -> Stage:
         settings: dict[str, Any] = {**seed, **engine_extra, name: _section(getattr(config, name), _WITHOUT_EFFECT)}
         settings |= taken if name == "teacher" else {}
         if name == "engine" and config.engine.ensemble:
@@ -105,33 +148,28 @@ def build_stages(config: RunConfig, out: Path, *, world: World, say: Say) -> lis
         # not metrics.jsonl: it holds times, which must not make a later stage run again
         return Stage(name, tuple(upstream), settings, ("model/**/*",), body, every_rank=True)
 
-    cmlm_upstream = ["prepare"] + ["distill"] * ("cmlm" in distilled) + ["teacher"] * config.cmlm.from_teacher
-    engine_upstream = ["prepare", "teacher", "cmlm"] + ["distill"] * ("engine" in distilled)
-    models = ("teacher", "cmlm", "engine")
-    stages = [
-        Stage("prepare", (), {**seed, **taken, **_prepare_inputs(config.data)}, ("data/**/*",), run_prepare),
-        training("teacher", ["prepare"], run_teacher),
+    prepared = (
+        Stage("prepare", (), {**seed, **taken, **_prepare_inputs(config.data)}, ("data/**/*",), bodies.prepare)
+        if prepare_stage is None
+        else prepare_stage
+    )
+    distill_of = {name: ["distill"] * (getattr(config, name).data == "distilled") for name in ("cmlm", "engine")}
+    roles = roles_of(config.evaluate)
+    return [
+        prepared,
+        training("teacher", ["prepare"], bodies.teacher),
         Stage(
-            "distill",
-            ("prepare", "teacher"),
-            {"distill": _section(config.distill)},
-            ("corpus/**/*",),
-            run_distill,
+            "distill", ("prepare", "teacher"), {"distill": _section(config.distill)}, ("corpus/**/*",), bodies.distill,
             every_rank=True,
         ),
-        training("cmlm", cmlm_upstream, run_cmlm),
-        training("engine", engine_upstream, run_engine),
+        training("cmlm", ["prepare", *distill_of["cmlm"], *["teacher"] * config.cmlm.from_teacher], bodies.cmlm),
+        training("engine", ["prepare", "teacher", "cmlm", *distill_of["engine"]], bodies.engine),
         Stage(
-            "evaluate",
-            ("prepare", *models),
-            {"evaluate": _section(config.evaluate)},
-            ("results.json", "outputs/*"),
-            run_evaluate,
-            every_rank=True,
+            "evaluate", ("prepare", *roles), {"evaluate": _section(config.evaluate)}, ("results.json", "outputs/*"),
+            bodies.evaluate, every_rank=True,
         ),
-        Stage("report", ("evaluate", *models), {}, ("report.html",), run_report),
-    ]
-    return stages if distilled else [stage for stage in stages if stage.name != "distill"]
+        Stage("report", ("evaluate", *roles), {}, ("report.html",), bodies.report),
+    ]  # fmt: skip
 
 
 def _prepare_inputs(data: DataConfig) -> dict[str, Any]:
@@ -166,10 +204,11 @@ def _text_files(config: DataConfig) -> dict[str, str]:
     }
 
 
-def _provenance(config: RunConfig, out: Path, world: World) -> dict[str, Any]:
+def _provenance(config: RunConfig, directories: Mapping[str, Path], world: World) -> dict[str, Any]:
     """What results.json says besides the measurements."""
-    data = Prepared.open(out / "prepare" / "data")
-    records = {stage: read_record(out / stage) for stage in ("prepare", "teacher", "distill", "cmlm", "engine")}
+    data = Prepared.open(directories["prepare"] / "data")
+    before = (stage for stage in directories if stage not in ("evaluate", "report"))
+    records = {stage: read_record(directories[stage]) for stage in before}
     found = {stage: record for stage, record in records.items() if record is not None}
     return {
         "seed": config.seed,

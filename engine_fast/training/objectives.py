@@ -105,20 +105,36 @@ class EngineObjective(nn.Module):
     sharded teacher are whole.
     """
 
-    def __init__(self, student: Student, energy: Energy, config: EngineConfig, *, within: Within | None = None) -> None:
+    def __init__(
+        self,
+        student: Student,
+        energy: Energy,
+        config: EngineConfig,
+        *,
+        within: Within | None = None,
+        encode: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        """encode: what to call for energy.encode, if something stands between: see Reuse."""
         super().__init__()
         self.trained = student
         # Energies are no modules: a teacher is never sharded with the student, saved or trained.
         self.energy, self._within = energy, (within,)
+        self._encode = energy.encode if encode is None else encode
         self._memories: dict[int, Any] = {}
         self.config = config
         self.relaxation = Relaxation(config.o1, config.o2, config.temperature, stl_logits=config.stl_logits)
         self._now = self._relaxation_at(0.0)
         self._whole_log_probabilities = "STL" in (config.o1, config.o2) and config.stl_logits == "log_probabilities"
-        self._warn_of_whole_logits()
+        self._warn_of_settings_without_effect()
 
-    def _warn_of_whole_logits(self) -> None:
+    def _warn_of_settings_without_effect(self) -> None:
         config = self.config
+        if config.o1_temperature is not None and config.o1 == "STL":
+            warnings.warn(
+                "engine.o1_temperature has no effect: engine.o1 = 'STL' reads no temperature, neither in its words nor "
+                "in its Jacobian.",
+                stacklevel=3,
+            )
         reasons = [name for name in ("cross_entropy_weight", "repetition_weight") if getattr(config, name)]
         reason = (reasons or ["stl_logits"])[0]
         if config.head_memory == "recompute" and (reasons or self._whole_log_probabilities):
@@ -142,7 +158,7 @@ class EngineObjective(nn.Module):
         self._now = self._relaxation_at(done)
         if self._within[0] is None and not any(teacher.training for teacher in self.teachers):
             with torch.no_grad():
-                self._memories = {id(batch): self.energy.encode(batch.source) for batch in batches}
+                self._memories = {id(batch): self._encode(batch.source) for batch in batches}
 
     def forward(self, batch: Batch, *, noise: tuple[Tensor | None, Tensor | None] = (None, None)) -> Loss:
         memory, length_logits_BL = self.trained.encode(batch.source)
@@ -158,7 +174,7 @@ class EngineObjective(nn.Module):
             of_teachers = self._memories.pop(id(batch), None)
             if of_teachers is None:
                 with torch.no_grad():
-                    of_teachers = self.energy.encode(batch.source)
+                    of_teachers = self._encode(batch.source)
             return self.energy.score_relaxed(of_teachers, logits, target_BT, self._now, noise=noise, reduction="sum")
 
         energy = self._with_teachers(score)
@@ -195,7 +211,7 @@ class EngineObjective(nn.Module):
         words_BT = batch.target.masked_scatter(inner_positions(batch.target), z_MV.argmax(-1))
 
         def score() -> tuple[Tensor, Tensor]:
-            of_teachers = self.energy.encode(batch.source)
+            of_teachers = self._encode(batch.source)
             relaxed = self.energy.score_relaxed(of_teachers, z_MV, batch.target, self.relaxation, reduction="sum")
             return relaxed, self.energy.score(of_teachers, words_BT, real_BT=batch.target != PAD).sum()
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -32,6 +33,7 @@ from engine_fast.training.interrupt import catching_signals
 from engine_fast.training.loop import StageName, Trainer
 from engine_fast.training.objectives import CMLMObjective, EngineObjective, TeacherObjective
 from engine_fast.training.pretrained import install_teacher
+from engine_fast.training.reuse import Reuse
 from engine_fast.training.run_directory import RunDirectory
 from engine_fast.training.seeding import derive, seed_torch
 from engine_fast.training.validation import BleuSet, Decode, Validator
@@ -50,6 +52,8 @@ def train_teacher(config: RunConfig, prepared: Prepared, directory: Path) -> Non
     if config.teacher.pretrained is not None:
         install_teacher(config, prepared, directory)
         return
+
+    config = _seeded(config, config.teacher)
 
     def build(world: World) -> tuple[Teacher, Callable[[nn.Module], nn.Module]]:
         model = cast(Teacher, _fresh("teacher", config, prepared))
@@ -82,6 +86,8 @@ def train_cmlm(
     )  # fmt: skip
     models = {"teacher": teacher_dir} if teacher_dir is not None and config.cmlm.from_teacher else {}
 
+    config = _seeded(config, config.cmlm)
+
     def build(world: World) -> tuple[Student, Callable[[nn.Module], nn.Module]]:
         model = cast(Student, _fresh("cmlm", config, prepared))
         if "teacher" in models:
@@ -107,12 +113,16 @@ def train_engine(
     valid_corpus: ParallelCorpus,
     teacher_dir: Path,
     cmlm_dir: Path,
+    reuse: Reuse | None = None,
 ) -> None:
     """Train the student from the CMLM's weights on the frozen teacher's energy; leaves directory/model.
 
     teacher_dir, cmlm_dir: model directories, or the stage directories around them. The student has the CMLM's
-    architecture; engine.architecture, if given, sets its dropout and must otherwise agree.
+    architecture; engine.architecture, if given, sets its dropout and must otherwise agree. reuse: what earlier calls
+    in this process have left; without effect on a teacher that is sharded, compiled or keeps its dropout.
     """
+
+    config = _seeded(config, config.engine)
 
     def build(world: World) -> tuple[Student, Callable[[nn.Module], nn.Module]]:
         student = _student(cast(Student, _load(cmlm_dir, "student", prepared).model), config)
@@ -125,9 +135,15 @@ def train_engine(
             {precision, config.engine.precision} != {"bf16", "fp16"},
             "engine.teacher_precision", precision, f"{config.engine.precision}, the student's, or fp32",
         )  # fmt: skip
-        teachers = [_frozen(models[name], config.engine, _DTYPES[precision], prepared) for name in names]
+        kept = None if _is_changed(config.engine) else reuse
+        origin = (precision, config.engine.teacher_checkpointing, *(_hash_of_model(models[name]) for name in names))
+        teachers = []
+        for name in names:
+            load = partial(_frozen, models[name], config.engine, _DTYPES[precision], prepared)
+            teachers.append(load() if kept is None else kept.teacher((name, *origin), load))
         within = None
         if config.engine.teacher_placement == "sharded":
+            _require_shardable(teachers[0], "engine.teacher_placement", "sharded", "replicated")
             within = shard_frozen(teachers[0], device=world.device, extra=config.deepspeed)
             teachers[0].train(config.engine.teacher_dropout)  # DeepSpeed has put it in training mode
         else:
@@ -140,7 +156,10 @@ def train_engine(
         if config.engine.ensemble:
             weights = [1.0, *(member.weight for member in config.engine.ensemble)]
             energy = EnsembleEnergy([TeacherEnergy(teacher) for teacher in teachers], weights)
-        return student, lambda module: EngineObjective(cast(Student, module), energy, config.engine, within=within)
+        encode = None if kept is None else partial(kept.encoded, origin, encode=energy.encode)
+        return student, lambda module: EngineObjective(
+            cast(Student, module), energy, config.engine, within=within, encode=encode
+        )
 
     models = {"teacher": teacher_dir} | {
         f"teacher {number}": path for number, path in enumerate(member_directories(config.engine), start=2)
@@ -167,8 +186,6 @@ class _Job:
     """Model directories it starts from."""
 
     def run(self, directory: Path) -> None:
-        if self.settings.seed is not None:
-            self.config = self.config.model_copy(update={"seed": self.settings.seed})
         self._check()
         place = RunDirectory(directory, self.stage)
         inputs = self._inputs()
@@ -180,6 +197,8 @@ class _Job:
         with catching_signals() as stop:
             beat(f"{self.stage}: building the model")
             model, objective_of = self.build(world)
+            if self.settings.effective_zero_stage == 3:
+                _require_shardable(model, f"{self.stage}.zero_stage", 3, "less than 3")
             model.activation_checkpointing = self.settings.activation_checkpointing
             limits = model.architecture
             corpus, num_dropped = self._fitting(self.corpora[0], "training corpus", limits)
@@ -229,7 +248,7 @@ class _Job:
             "dev set": _hash_file(self.corpora[1].directory / MANIFEST),
         }
         for name, path in self.models.items():
-            inputs[f"{name} model"] = _hash_file(_model_directory(path) / "model.safetensors")
+            inputs[f"{name} model"] = _hash_of_model(path)
         return inputs
 
     def _facts(self, inputs: dict[str, str]) -> dict[str, str]:
@@ -292,6 +311,11 @@ class _Job:
         place.finish(updates=progress.update, best_update=progress.best_update, seconds=progress.seconds)
 
 
+def _seeded(config: RunConfig, settings: TrainConfig) -> RunConfig:
+    """With the stage's seed, if it has one, as the run's."""
+    return config if settings.seed is None else config.model_copy(update={"seed": settings.seed})
+
+
 def _fresh(stage: StageName, config: RunConfig, prepared: Prepared) -> Teacher | Student:
     seed_torch(config.seed, stage, "init")
     role: Literal["teacher", "student"] = "teacher" if stage == "teacher" else "student"
@@ -303,6 +327,14 @@ def _frozen(path: Path, config: EngineConfig, dtype: torch.dtype, prepared: Prep
     teacher = cast(Teacher, _load(path, "teacher", prepared).model)
     teacher.activation_checkpointing = config.teacher_checkpointing
     return freeze(teacher, dtype=dtype, dropout=config.teacher_dropout)
+
+
+def _require_shardable(model: Teacher | Student, key: str, got: object, wanted: str) -> None:
+    require(
+        model.shardable,
+        key, got, f"{wanted} for an LSTM with input feeding",
+        "It gathers weights at every position, and ranks have sentences of other lengths. Or set input_feeding: false.",
+    )  # fmt: skip
 
 
 def _one_pass(model: nn.Module, source_BS: Tensor) -> list[list[int]]:
@@ -345,6 +377,15 @@ def _student(baseline: Student, config: RunConfig) -> Student:
     student = cast(Student, new_network("student", architecture, baseline.source_size, baseline.target_size))
     student.load_state_dict(baseline.state_dict())
     return student
+
+
+def _is_changed(config: EngineConfig) -> bool:
+    """Whether a loaded teacher does not stay as it was loaded."""
+    return config.teacher_placement == "sharded" or config.teacher_compile or config.teacher_dropout
+
+
+def _hash_of_model(path: Path) -> str:
+    return _hash_file(_model_directory(path) / "model.safetensors")
 
 
 def _hash_file(path: Path) -> str:

@@ -1,0 +1,144 @@
+"""The last stage of a run or sweep that makes one of the paper's tables: results.json, table.md and figure.png."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine_fast.config import RunConfig
+from engine_fast.config.sweep import Trial, is_seed, trials_of
+from engine_fast.errors import require
+from engine_fast.evaluation.files import write_atomic, write_json
+from engine_fast.evaluation.results import read_results
+from engine_fast.evaluation.systems import systems_of
+from engine_fast.evaluation.tables import PaperTable, markdown
+from engine_fast.evaluation.tables_of_runs import table3, table4, table6
+from engine_fast.evaluation.tables_of_sweeps import ROLES5, Measured, any_sweep, table2, table5
+from engine_fast.evaluation.tables_plots import picture
+from engine_fast.recipes.graph import Stage
+
+FORMAT = 1
+"""Raise when the tables change in meaning: they are then made again from the same measurements."""
+OUTPUTS = ("results.json", "table.md", "figure.png")
+_OPERATORS = ("engine.o1", "engine.o2")
+_OF_RUNS: dict[str, tuple[str, ...]] = {
+    "table3": ("cmlm", "engine"),
+    "table4": ("teacher-greedy", "teacher-beam", "cmlm", "engine"),
+    "table6": ("teacher-beam", "cmlm", "engine"),
+}
+"""Tables of one run, and the systems that each shows."""
+
+
+def name_of(config: RunConfig) -> str | None:
+    """Of the stage, and of its directory; None for a run that ends in a report."""
+    return config.table or ("sweep" if config.sweep else None)
+
+
+def check_table(config: RunConfig) -> None:
+    """Raises ConfigError where the table asked for cannot come of this configuration."""
+    table, sweep = config.table, config.sweep
+    if table in _OF_RUNS:
+        require(sweep is None, "table", table, "no sweep: it shows the systems of one run", "Take `sweep:` out.")
+        names = {system.name for system in systems_of(config.evaluate)}
+        for name in _OF_RUNS[table]:
+            require(name in names, "evaluate.systems", config.evaluate.systems, f"{name} among them for {table}")
+        counts = set(config.evaluate.iterations)
+        require(
+            table != "table3" or len(counts) > 1,
+            "evaluate.iterations", config.evaluate.iterations, "two numbers or more for table3 (the paper: 1 and 10)",
+        )  # fmt: skip
+    elif table is not None:
+        require(sweep is not None, "sweep", None, f"the trials that {table} compares", f"See configs/tables/{table}*.")
+        assert sweep is not None
+        trials = trials_of(sweep)
+        others = {key for trial in trials for key in trial.values if not is_seed(key)} - {*_OPERATORS}
+        if table == "table2":
+            complete = all(key in trial.values for trial in trials for key in _OPERATORS)
+            require(
+                complete and not others, "sweep", sorted(others) or list(sweep.grid),
+                "engine.o1 and engine.o2 in each trial of table2, and seeds, but nothing else",
+            )  # fmt: skip
+        else:
+            names = {trial.name for trial in trials}
+            require(
+                names == set(ROLES5), "sweep.trials", sorted(names), f"trials called {', '.join(ROLES5)} for table5"
+            )
+
+
+def run_stage(config: RunConfig, out: Path) -> Stage:
+    """Of tables 3, 4 and 6: from the evaluation of one run."""
+    assert config.table is not None
+
+    def make(directory: Path) -> None:
+        results = read_results(out / "evaluate" / "results.json")
+        table = _TABLES_OF_RUNS[str(config.table)](results, out / "evaluate" / "outputs")
+        _write(directory, table, {**results, "name": config.name})
+
+    return Stage(config.table, ("evaluate",), {"format": FORMAT}, OUTPUTS, make, directory=out / config.table)
+
+
+def sweep_stage(config: RunConfig, out: Path, trials: Sequence[tuple[Trial, Path]]) -> Stage:
+    """Of a sweep: from the evaluations of its trials, whose labels it has as upstream."""
+    name = name_of(config)
+    assert name is not None
+
+    def make(directory: Path) -> None:
+        measured = [Measured(trial, read_results(path / "results.json")) for trial, path in trials]
+        table = _table_of_sweep(config, measured)
+        _write(directory, table, _together(config, measured))
+
+    settings = {"format": FORMAT, "trials": [[trial.label, trial.values, trial.group] for trial, _ in trials]}
+    upstream = tuple(trial.label for trial, _ in trials)
+    return Stage(name, upstream, settings, OUTPUTS, make, directory=out / name)
+
+
+def _table_of_sweep(config: RunConfig, measured: Sequence[Measured]) -> PaperTable:
+    if config.table == "table2":
+        return table2(measured, half="lstm" if config.teacher.architecture.kind == "lstm" else "transformer")
+    return table5(measured) if config.table == "table5" else any_sweep(measured)
+
+
+def _together(config: RunConfig, measured: Sequence[Measured]) -> dict[str, Any]:
+    """One results.json of all trials': each row says which it comes from; what they share is said once."""
+    first = measured[0].results
+    seconds: dict[str, float] = {}
+    for each in measured:  # a stage that trials share is found in each of them, and counts once
+        for stage, record in each.results["hashes"].items():
+            stage = stage.removesuffix(" outputs")
+            if stage in each.results["seconds"]:
+                seconds[f"{stage} {record[:12]}"] = each.results["seconds"][stage]
+    return {
+        **{key: first[key] for key in ("references", "baseline", "split", "signature", "seed", "versions", "machine")},
+        "name": config.name,
+        "systems": [{"trial": each.trial.label, **row} for each in measured for row in each.results["systems"]],
+        "num_seeds": max(sum(1 for other in measured if other.trial.group == each.trial.group) for each in measured),
+        "config": config.model_dump(mode="json", exclude_none=True),
+        "corpus": first["corpus"],
+        "seconds": seconds,
+        "hashes": {each.trial.label: each.results["hashes"] for each in measured},
+    }
+
+
+def _write(directory: Path, table: PaperTable, results: Mapping[str, Any]) -> None:
+    tree = {**results, "table": table.as_json()}
+    write_atomic(directory / "table.md", markdown(table, tree))
+    write_atomic(directory / "figure.png", picture(table))
+    write_json(directory / "results.json", tree)
+
+
+def _table6(results: dict[str, Any], outputs: Path) -> PaperTable:
+    texts = {path.stem: _lines(path) for path in outputs.glob("*.txt")}
+    references = [texts[name] for name in sorted(texts) if name.startswith("reference-")]
+    return table6(results, texts, references)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+_TABLES_OF_RUNS = {
+    "table3": lambda results, _: table3(results),
+    "table4": lambda results, _: table4(results),
+    "table6": _table6,
+}

@@ -1,0 +1,71 @@
+"""Sweeps as data: which trials there are, what they are called, what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine_fast.config import SweepConfig, parse_config
+from engine_fast.config.sweep import trials_of
+from engine_fast.errors import ConfigError
+
+
+def sweep(**tree: Any) -> SweepConfig:
+    found = parse_config({"data": {"synthetic": {}}, "sweep": tree}).sweep
+    assert found is not None
+    return found
+
+
+def test_a_grid_is_every_combination_in_order() -> None:
+    trials = trials_of(sweep(grid={"engine.o1": ["SX", "ST"], "engine.seed": [1, 2]}))
+    assert [trial.label for trial in trials] == ["o1=SX,seed=1", "o1=SX,seed=2", "o1=ST,seed=1", "o1=ST,seed=2"]
+    assert [trial.group for trial in trials] == ["o1=SX", "o1=SX", "o1=ST", "o1=ST"]
+    assert trials[1].values == {"engine.o1": "SX", "engine.seed": 2}
+
+
+def test_listed_trials_are_combined_with_the_grid() -> None:
+    trials = trials_of(sweep(trials=[{"name": "a", "set": {"cmlm.data": "references"}}], grid={"engine.seed": [1, 2]}))
+    assert [(trial.label, trial.name, trial.group) for trial in trials] == [
+        ("a,seed=1", "a", "a"),
+        ("a,seed=2", "a", "a"),
+    ]
+    assert trials[0].values == {"cmlm.data": "references", "engine.seed": 1}
+    assert trials_of(sweep(grid={"engine.seed": [7]}))[0].group == "all"
+
+
+def test_sections_may_be_written_as_such() -> None:
+    nested = sweep(
+        grid={"engine": {"optim": {"lr": [1e-4]}, "o1": ["SX"]}}, trials=[{"name": "a", "set": {"cmlm": {"seed": 2}}}]
+    )
+    assert nested == sweep(
+        grid={"engine.optim.lr": [1e-4], "engine.o1": ["SX"]}, trials=[{"name": "a", "set": {"cmlm.seed": 2}}]
+    )
+
+
+def test_labels_are_names_of_directories() -> None:
+    labels = [
+        trial.label for trial in trials_of(sweep(grid={"engine.optim.lr": [1e-5], "evaluate.iterations": [[1, 4]]}))
+    ]
+    assert labels == ["lr=1e-05,iterations=1+4"]
+    both = trials_of(sweep(grid={"engine.optim.lr": [0.1], "cmlm.optim.lr": [0.2]}))
+    assert both[0].label == "engine.optim.lr=0.1,cmlm.optim.lr=0.2"
+
+
+@pytest.mark.parametrize(
+    ("tree", "told"),
+    [
+        ({}, "neither a grid nor trials"),
+        ({"grid": {"engine.o1": []}}, "engine.o1 has no values"),
+        ({"grid": {"engine.seed": [1, 1]}}, "engine.seed has a value twice"),
+        ({"grid": {"seed": [1, 2]}}, "seed would change the corpus .* Vary engine.seed"),
+        ({"grid": {"data.corpus": ["a"]}}, "'data.corpus' is no key that a trial may set: section.key of teacher"),
+        ({"grid": {"engine": [1]}}, "'engine' is no key"),
+        ({"trials": [{"name": "a/b", "set": {}}]}, "sweep.trials.0.name"),
+        ({"trials": [{"name": "a", "set": {}}, {"name": "a", "set": {}}]}, "two trials would be called a"),
+        ({"grid": {"engine.o1": ["SX"]}, "process": 2}, "sweep.process is not a known key. Did you mean 'processes'"),
+    ],
+)  # fmt: skip
+def test_mistakes(tree: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        sweep(**tree)

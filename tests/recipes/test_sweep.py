@@ -1,0 +1,244 @@
+"""Sweeps at a size of seconds: what is shared is done once; trials are skipped, continued, spread, averaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine_fast.config import RunConfig
+from engine_fast.errors import CheckpointError, ConfigError, DivergenceError, SweepError
+from engine_fast.recipes import stages
+from engine_fast.recipes.run import run
+from tests.distributed.torchrun import torchrun
+from tests.recipes.micro import micro_config
+
+MEASURED = {"split": "valid", "iterations": [1], "latency_sentences": 0, "bootstrap_samples": 0}
+ONE_PASS = {**MEASURED, "systems": ["engine-oracle"]}
+PAIRS = {"engine.o1": ["SX", "ST"], "engine.o2": ["ST"], "engine.seed": [1, 2]}
+LABELS = [f"o1={o1},o2=ST,seed={seed}" for o1 in ("SX", "ST") for seed in (1, 2)]
+TIMES = {"sentences_per_second", "latency_ms", "num_ranks"}
+
+
+def pairs(**sweep: Any) -> RunConfig:
+    config = micro_config(sweep={"grid": PAIRS, **sweep}, evaluate=ONE_PASS)
+    return config.model_copy(update={"table": "table2"})
+
+
+def go(config: RunConfig, out: Path) -> list[str]:
+    said: list[str] = []
+    run(config, out, say=said.append)
+    return said
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    systems = json.loads((out / "results.json").read_text())["systems"]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in systems]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four trials in this process; tests copy it before they change anything."""
+    out = tmp_path_factory.mktemp("sweep") / "run"
+    go(pairs(), out)
+    return out
+
+
+@pytest.fixture
+def copied(swept: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(swept, tmp_path / "run"))
+
+
+def test_what_trials_share_is_done_once(swept: Path) -> None:
+    assert {path.name for path in swept.iterdir() if path.is_dir()} == {
+        "prepare", "teacher", "distill", "cmlm", "trials", "table2"
+    }  # fmt: skip
+    for label in LABELS:
+        assert {path.name for path in (swept / "trials" / label).iterdir() if path.is_dir()} == {"engine", "evaluate"}
+
+
+def test_seeds_make_a_mean_and_a_range(swept: Path) -> None:
+    results = json.loads((swept / "results.json").read_text())
+    assert {"systems", "signature", "config", "versions", "machine", "seconds", "seed", "references"} <= results.keys()
+    assert [row["trial"] for row in results["systems"]] == LABELS
+    first, _ = results["table"]["rows"]
+    energies = [row["energy"] for row in results["systems"][:2]]
+    assert energies[0] != energies[1], "the seeds made no difference"
+    assert first["energy"] == {
+        "mean": sum(energies) / 2, "range": [min(energies), max(energies)], "values": energies
+    }  # fmt: skip
+    assert (first["o1"], first["o2"], results["num_seeds"]) == ("SX", "ST", 2)
+    text = (swept / "table2" / "table.md").read_text()
+    assert "means over 2 seeds, with the range in brackets" in text
+    assert "| SX | 80 (31.7) | 133 (27.8) |" in text
+    assert (swept / "table2" / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_trials_are_skipped(copied: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (copied / "trials").rglob("*") if path.name != ".lock"}
+    said = go(pairs(), copied)
+    assert "sweep: 4 trials, 4 of them done before" in said
+    assert not [line for line in said if line.startswith("o1=")]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_longer_sweep_runs_what_is_new(copied: Path) -> None:
+    said = go(pairs(grid={**PAIRS, "engine.seed": [1, 2, 3]}), copied)
+    assert {line.split(":")[0] for line in said if line.startswith("o1=")} == {
+        "o1=SX,o2=ST,seed=3",
+        "o1=ST,o2=ST,seed=3",
+    }
+    assert json.loads((copied / "results.json").read_text())["num_seeds"] == 3
+
+
+def test_a_failed_trial_is_named_and_tried_again(swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = stages.train_engine
+
+    def failing(config: RunConfig, *arguments: Any, **options: Any) -> None:
+        if (config.engine.o1, config.engine.seed) == ("ST", 1):
+            raise DivergenceError("engine: a loss is not finite")
+        if (config.engine.o1, config.engine.seed) == ("ST", 2):
+            raise ZeroDivisionError("a mistake of ours")
+        train(config, *arguments, **options)
+
+    monkeypatch.setattr(stages, "train_engine", failing)
+    with pytest.raises(SweepError) as told:
+        go(pairs(), tmp_path)
+    assert "2 of 4 trials are not done: o1=ST,o2=ST,seed=1 (engine: a loss is not finite); o1=ST" in str(told.value)
+    assert "ZeroDivisionError: a mistake of ours" in str(told.value)
+    assert not (tmp_path / "results.json").exists()
+    monkeypatch.undo()
+    said = go(pairs(), tmp_path)
+    assert "sweep: 4 trials, 2 of them done before" in said
+    assert "o1=ST,o2=ST,seed=1: engine: was interrupted, continuing" in said
+    assert rows_of(tmp_path) == rows_of(swept)
+
+
+def test_an_interrupted_trial_continues(swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine_fast.training import metrics
+
+    write = metrics.MetricsLog.write
+
+    def interrupted(log: metrics.MetricsLog, kind: str, update: int, values: Any) -> None:
+        if log.path.parent.parent.name == LABELS[1] and update == 5:
+            raise KeyboardInterrupt
+        write(log, kind, update, values)
+
+    monkeypatch.setattr(metrics.MetricsLog, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        go(pairs(), tmp_path)
+    monkeypatch.undo()
+    said = go(pairs(), tmp_path)
+    assert f"{LABELS[1]}: engine: was interrupted, continuing" in said
+    assert rows_of(tmp_path) == rows_of(swept)
+
+
+def test_two_processes_find_what_one_does(swept: Path, tmp_path: Path) -> None:
+    said = go(pairs(processes=2), tmp_path)
+    assert {line.split(":")[0] for line in said if line.startswith("o1=")} == set(LABELS)
+    assert rows_of(tmp_path) == rows_of(swept)
+    assert len(list((tmp_path / "trials").glob("worker-*.log"))) == 2
+
+
+def test_workers_tell_what_failed(copied: Path) -> None:
+    shutil.rmtree(copied / "trials" / LABELS[0])
+    shutil.rmtree(copied / "trials" / LABELS[1])
+    # the students' start is gone, but its record says that it is there: both trials fail, in whichever process
+    (copied / "cmlm" / "model" / "model.safetensors").write_bytes(b"")
+    record = json.loads((copied / "cmlm" / "stage.json").read_text())
+    record["outputs"]["model/model.safetensors"]["bytes"] = 0
+    (copied / "cmlm" / "stage.json").write_text(json.dumps(record))
+    with pytest.raises(SweepError, match=r"2 of 4 trials are not done: o1=SX,o2=ST,seed=1 \(.*model"):
+        go(pairs(processes=2), copied)
+
+
+@pytest.mark.slow
+def test_launched_ranks_take_trials_each(swept: Path, tmp_path: Path) -> None:
+    from engine_fast.config import dump_config
+
+    (tmp_path / "config.yaml").write_text(dump_config(pairs()))
+    done = torchrun(2, "engine_fast.cli.main", "run", tmp_path / "config.yaml", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    # what is shared was trained by two ranks, whose batches are twice as large; the trials by one each
+    assert len(rows_of(tmp_path / "run")) == 4
+    assert {row["num_ranks"] for row in json.loads((tmp_path / "run" / "results.json").read_text())["systems"]} == {1}
+    assert len(list((tmp_path / "run" / "trials").glob("worker-*.log"))) == 2
+
+
+def test_a_run_without_sweep_lends_its_stages(tmp_path: Path) -> None:
+    """Also one that only some trials share."""
+    alone = micro_config(evaluate=ONE_PASS)
+    go(alone, tmp_path)
+    sweep = micro_config(sweep={"grid": {"engine.o1": ["SX", "ST"]}}, evaluate=ONE_PASS)
+    said = go(sweep, tmp_path)
+    assert [line for line in said if line.startswith("o1=SX")] == []
+    assert "sweep: 2 trials, 1 of them done before" in said
+    table = json.loads((tmp_path / "results.json").read_text())["table"]
+    assert table["name"] == "sweep"
+    assert {row["trial"] for row in table["rows"]} == {"o1=SX", "o1=ST"}
+    assert [row["energy"]["mean"] for row in table["rows"]] == sorted(row["energy"]["mean"] for row in table["rows"])
+    assert "## The paper" not in (tmp_path / "sweep" / "table.md").read_text()
+    with pytest.raises(ConfigError, match="sweep = 'a sweep', expected a single run here"):
+        run(sweep, tmp_path, redo=("evaluate",), only=("evaluate", "report"))
+
+
+def test_table5_trains_each_network_once(tmp_path: Path) -> None:
+    trials = [
+        {"name": "references", "set": {"cmlm.data": "references", "evaluate.systems": ["cmlm-oracle"]}},
+        {"name": "distilled", "set": {"evaluate.systems": ["cmlm-oracle"]}},
+        {"name": "engine", "set": {"evaluate.systems": ["engine-oracle"]}},
+    ]
+    network = {"architecture": {"kind": "bilstm", "embedding_width": 8, "width": 8, "layers": 1, "max_positions": 32}}
+    config = micro_config(sweep={"trials": trials}, evaluate=MEASURED, cmlm=network, engine=network)
+    config = config.model_copy(update={"table": "table5"})
+    go(config, tmp_path)
+    made = {
+        name: {path.name for path in (tmp_path / "trials" / name).iterdir() if path.is_dir()}
+        for name in ("references", "distilled", "engine")
+    }
+    assert made == {
+        "references": {"cmlm", "evaluate"}, "distilled": {"cmlm", "evaluate"}, "engine": {"engine", "evaluate"}
+    }  # fmt: skip
+    rows = json.loads((tmp_path / "results.json").read_text())["table"]["rows"]
+    assert [row["training"] for row in rows] == ["references", "distilled", "engine"]
+    assert [row["system"] for row in rows] == ["cmlm-oracle.i1", "cmlm-oracle.i1", "engine-oracle.i1"]
+
+
+@pytest.mark.parametrize(
+    ("table", "sections", "told"),
+    [
+        ("table3", {"sweep": {"grid": PAIRS}}, "table = 'table3', expected no sweep"),
+        ("table3", {"evaluate": {"iterations": [1]}}, r"evaluate.iterations = \[1\], expected two numbers or more"),
+        ("table4", {"evaluate": {"systems": ["cmlm", "engine"]}}, "expected teacher-greedy among them for table4"),
+        ("table2", {}, "sweep = None, expected the trials that table2 compares"),
+        ("table2", {"sweep": {"grid": {**PAIRS, "engine.optim.lr": [1e-3]}}}, r"sweep = \['engine.optim.lr'\], exp"),
+        ("table2", {"sweep": {"grid": {"engine.o1": ["SX"]}}}, "engine.o1 and engine.o2 in each trial of table2"),
+        ("table5", {"sweep": {"grid": PAIRS}}, r"sweep.trials = \[''\], expected trials called references, distilled"),
+        (None, {"sweep": {"grid": {"engine.o1": ["SX", "SXT"]}}}, "sweep, trial o1=SXT: engine.o1 = 'SXT', expected"),
+        (None, {"sweep": {"grid": {"engine.lr": [1]}}}, "sweep, trial lr=1: engine.lr is not a known key"),
+        (None, {"sweep": {"grid": {"engine.optim.lr.a": [1]}}}, "a=1: engine.optim.lr.a: lr holds 0.001, not a"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_before_anything_runs(
+    tmp_path: Path, table: Any, sections: dict[str, Any], told: str
+) -> None:
+    config = micro_config(**sections).model_copy(update={"table": table})
+    with pytest.raises(ConfigError, match=told):
+        go(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "prepare").exists()
+
+
+def test_a_student_that_nobody_measures_is_not_trained(tmp_path: Path) -> None:
+    go(micro_config(evaluate={**MEASURED, "systems": ["cmlm-oracle"]}), tmp_path)
+    assert (tmp_path / "cmlm").exists()
+    assert not (tmp_path / "engine").exists()
+    assert (tmp_path / "report.html").exists()
+    with pytest.raises(ConfigError, match="systems names cmlm-oracle, which needs oracle_lengths: true"):
+        micro_config(evaluate={"systems": ["cmlm-oracle"], "oracle_lengths": False})
+    with pytest.raises(ConfigError, match="systems names engine-rerank, which needs rerank: true and engine_length"):
+        micro_config(evaluate={"systems": ["engine-rerank"], "engine_length_beam": 1})
+    with pytest.raises(CheckpointError, match="stage engine is not done"):
+        run(micro_config(evaluate=MEASURED), tmp_path, redo=("evaluate",), only=("evaluate", "report"))
