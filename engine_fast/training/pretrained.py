@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,13 @@ def vocabularies_of(pretrained: PretrainedConfig) -> tuple[Vocabulary, Vocabular
 def files_of(pretrained: PretrainedConfig) -> dict[str, str]:
     """Name -> sha256 of what stands in its directory, so that a change is noticed; {} for a name on the hub."""
     directory = _own_directory(pretrained) or expand_path(pretrained.path)
-    return {path.name: sha256_of(path) for path in sorted(directory.glob("*")) if path.is_file()}
+    files = (path for path in sorted(directory.glob("*")) if path.is_file())
+    return {path.name: _sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def described(pretrained: PretrainedConfig) -> dict[str, Any]:
+    """What of it decides the vocabularies and the weights, for the keys of stages."""
+    return {"pretrained": pretrained.model_dump(mode="json", exclude_none=True), "files": files_of(pretrained)}
 
 
 def install_teacher(config: RunConfig, prepared: Prepared, directory: Path) -> None:
@@ -72,6 +79,12 @@ def install_teacher(config: RunConfig, prepared: Prepared, directory: Path) -> N
     start(config.runtime).on_main(install)
 
 
+@cache
+def _sha256(path: Path, size: int, modified: int) -> str:
+    """Once for all trials of a sweep; size and time say which content it was."""
+    return sha256_of(path)
+
+
 def _own_directory(pretrained: PretrainedConfig) -> Path | None:
     """Where it is a model directory of ours, or the directory of a stage around one."""
     path = expand_path(pretrained.path)
@@ -86,8 +99,3 @@ def _own_directory(pretrained: PretrainedConfig) -> Path | None:
 def _origin(pretrained: PretrainedConfig) -> Origin:
     path = expand_path(pretrained.path)
     return Origin(**pretrained.model_dump() | {"path": str(path) if path.exists() else pretrained.path})
-
-
-def described(pretrained: PretrainedConfig) -> dict[str, Any]:
-    """What of it decides the vocabularies and the weights, for the keys of stages."""
-    return {"pretrained": pretrained.model_dump(mode="json", exclude_none=True), "files": files_of(pretrained)}
