@@ -93,7 +93,8 @@ class PieceVocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         kept = [int(number) for number in ids if int(number) not in self._silent]
-        return str(self._processor.decode_pieces(self.pieces(kept))) if kept else ""
+        # The list may hold pieces that this side's model does not know, and leaves as they are: the other side's.
+        return str(self._processor.decode_pieces(self.pieces(kept))).replace(_SPACE, " ").strip() if kept else ""
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         numbers = [int(number) for number in ids]

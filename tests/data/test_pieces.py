@@ -108,6 +108,9 @@ def test_one_list_with_two_segmentations_is_two_vocabularies(
     first = PieceVocabulary(processor.serialized_model_proto(), pieces)
     second = PieceVocabulary(vocabulary._processor.serialized_model_proto(), pieces)
     assert first.fingerprint != second.fingerprint
+    foreign = next(piece for piece in own if piece.startswith("\u2581") and piece not in others)
+    ids = [pieces.index(foreign)] * 2
+    assert first.decode(ids) == second.decode(ids) == f"{foreign[1:]} {foreign[1:]}"
     assert first.pieces(range(len(first))) == second.pieces(range(len(second)))
     assert save_pair(tmp_path, first, second) == {"source": "source.pieces.json", "target": "target.pieces.json"}
     (tmp_path / "joint").mkdir()
