@@ -1,6 +1,6 @@
 """A sweep: the trials of a run, from what they share, on one process or several, each done once.
 
-What every trial does alike is done first, as in any run, in OUT/<stage>. The rest of a trial is in
+What no two trials do differently is done first, as in any run, in OUT/<stage>. The rest of a trial is in
 OUT/trials/<label>/<stage>; where another trial in front of it does the very same, it is that one's; and where a run
 without a sweep has left it finished in OUT/<stage>, it is taken from there. Whoever works on a trial holds the lock of
 its directory.
@@ -69,11 +69,17 @@ class Sweep:
         alone = config.model_copy(update={"sweep": None, "table": None})
         self._base = build_stages(alone, out, world=world, say=say, last=_LAST)
         self._names = identities(self._base)
-        wanted = [set(identities(self._stages(trial, its_own)).values()) for trial, its_own in self._trials]
-        self._wanted = set.union(*wanted)
-        common = set.intersection(*wanted)
-        self.common = [stage for stage in self._base if self._names[stage.name] in common]
-        """What all trials do alike."""
+        self._wanted: dict[str, set[str]] = {}
+        """Stage -> what it is in each of the trials that need it."""
+        for trial, its_own in self._trials:
+            for name, identity in identities(self._stages(trial, its_own)).items():
+                self._wanted.setdefault(name, set()).add(identity)
+        self.common: list[Stage] = []
+        """What no two trials do differently, on inputs of which the same is true."""
+        for stage in self._base:
+            alike = self._wanted.get(stage.name) == {self._names[stage.name]}
+            if alike and {above.name for above in self.common} >= set(stage.upstream):
+                self.common.append(stage)
 
     def graphs(self) -> list[TrialGraph]:
         """One for each trial, once what they share is done."""
@@ -96,7 +102,8 @@ class Sweep:
         found = {}
         for stage in self._base:
             name = self._names[stage.name]
-            if stage.name in hashes or name not in self._wanted or not hashes.keys() >= set(stage.upstream):
+            wanted = name in self._wanted.get(stage.name, ())
+            if stage.name in hashes or not wanted or not hashes.keys() >= set(stage.upstream):
                 continue
             place = stage.place(self._out)
             if plan_stage(stage, place, hashes).state == "done":
