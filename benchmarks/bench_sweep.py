@@ -32,9 +32,9 @@ def measure(config: str, pairs: int, updates: int) -> dict[str, float]:
     settings = load_config(
         find_config(Path(config)),
         [
-            "teacher.max_updates=4", "cmlm.max_updates=4", "sweep.grid={}", f"sweep.trials={json.dumps(trials)}",
-            "sweep.processes=1", f"engine.max_updates={updates}", f"engine.checkpoint_every={updates}",
-            f"engine.validate_every={max(1, updates // 2)}",
+            "teacher.max_updates=4", "cmlm.max_updates=4", "engine.data=references", "sweep.processes=1",
+            "sweep.grid={}", f"sweep.trials={json.dumps(trials)}", f"engine.max_updates={updates}",
+            f"engine.checkpoint_every={updates}", f"engine.validate_every={max(1, updates // 2)}",
         ],
     )  # fmt: skip
     started: list[float] = []
@@ -47,7 +47,7 @@ def measure(config: str, pairs: int, updates: int) -> dict[str, float]:
         out = Path(scratch)
         run(settings, out, say=say)
         wall = time.perf_counter() - started[0]
-        places = [out / "trials" / trial["name"] for trial in trials]
+        places = [out / "trials" / f"{o1}-{o2}" for o1, o2 in chosen]
         lines = [read_metrics(place / "engine" / "metrics.jsonl") for place in places]
         records = {name: [read_record(place / name) or {} for place in places] for name in ("engine", "evaluate")}
     steps = sum(max(line["seconds"] for line in trial if line["kind"] == "train") for trial in lines)
