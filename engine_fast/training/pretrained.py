@@ -57,11 +57,17 @@ def install_teacher(config: RunConfig, prepared: Prepared, directory: Path) -> N
                 )
         ours = _own_directory(pretrained)
         if ours is None:
-            import_huggingface(_origin(pretrained), directory / "model")
-            return
-        loaded = load_model(ours, kind="teacher")
-        card = loaded.card | {"pretrained": pretrained.path}
-        save_model(directory / "model", loaded.model, loaded.source_vocabulary, loaded.target_vocabulary, card=card)
+            longest = import_huggingface(_origin(pretrained), directory / "model").max_positions
+        else:
+            loaded = load_model(ours, kind="teacher")
+            card = loaded.card | {"pretrained": pretrained.path}
+            save_model(directory / "model", loaded.model, loaded.source_vocabulary, loaded.target_vocabulary, card=card)
+            longest = loaded.model.max_positions
+        positions = config.cmlm.architecture.max_positions
+        require(
+            positions <= longest,
+            "cmlm.architecture.max_positions", positions, f"at most {longest}, the longest side of the given teacher",
+        )  # fmt: skip
 
     start(config.runtime).on_main(install)
 

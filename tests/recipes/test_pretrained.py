@@ -26,7 +26,7 @@ from engine_fast.models.fairseq import import_fairseq
 from engine_fast.recipes.execute import run_graph
 from engine_fast.recipes.run import run
 from engine_fast.recipes.stages import build_stages
-from engine_fast.training import train_teacher
+from engine_fast.training import train_engine, train_teacher
 from tests.recipes.micro import micro_config
 
 STUDENT = {
@@ -47,10 +47,10 @@ def marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hf_models.marian(place / "model", texts=texts)
 
 
-def config_for(path: Path, updates: int = 6, **pretrained: Any) -> RunConfig:
+def config_for(path: Path, updates: int = 6, *, engine: dict[str, Any] | None = None, **pretrained: Any) -> RunConfig:
     students = {"architecture": STUDENT, "max_updates": updates, "validate_every": max(3, updates // 4)}
     teacher = {"pretrained": {"path": str(path), **pretrained}}
-    return micro_config(teacher=teacher, cmlm=students, engine=students)
+    return micro_config(teacher=teacher, cmlm=students, engine=engine or students)
 
 
 def until(stage: str, config: RunConfig, out: Path) -> list[str]:
@@ -114,6 +114,10 @@ def test_a_teacher_of_other_vocabularies_is_refused(marian: Path, tmp_path: Path
     prepared = Prepared.open(tmp_path / "run" / "prepare" / "data")
     with pytest.raises(VocabularyError, match="Prepare it with this configuration"):
         train_teacher(config_for(other), prepared, tmp_path / "teacher")
+    student = {"architecture": STUDENT | {"max_positions": 65}}
+    longer = micro_config(teacher={"pretrained": {"path": str(marian)}}, cmlm=student)
+    with pytest.raises(ConfigError, match=r"cmlm\.architecture\.max_positions = 65, expected at most 64"):
+        until("teacher", longer, tmp_path / "longer")
     backwards = micro_config(teacher={"pretrained": {"path": str(marian)}, "right_to_left": True})
     with pytest.raises(ConfigError, match=r"teacher\.right_to_left"):
         train_teacher(backwards, prepared, tmp_path / "teacher")
@@ -124,6 +128,27 @@ def test_a_path_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # without waiting for a network
     with pytest.raises(CheckpointError, match="neither a directory here, nor found on the Hugging Face hub"):
         until("prepare", config_for(tmp_path / "absent"), tmp_path / "run")
+
+
+def test_sharding_recomputing_and_tiling_change_no_step(marian: Path, tmp_path: Path) -> None:
+    """The table and the head are lent out as modules of their own, so that ZeRO-3 finds them whole."""
+    config = config_for(marian)
+    until("cmlm", config, tmp_path)
+    prepared = Prepared.open(tmp_path / "prepare" / "data")
+    losses = []
+    for number, extra in enumerate(
+        ({}, {"teacher_placement": "sharded", "teacher_checkpointing": True, "head_memory": "recompute"})
+    ):
+        out = tmp_path / f"engine {number}"
+        engine = {"architecture": STUDENT, "max_updates": 3, "valid_bleu_sentences": 0, **extra}
+        train_engine(
+            config_for(marian, engine=engine), prepared, ParallelCorpus.open(tmp_path / "distill" / "corpus"), out,
+            valid_corpus=prepared.split("valid"), teacher_dir=tmp_path / "teacher", cmlm_dir=tmp_path / "cmlm",
+        )  # fmt: skip
+        lines = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        losses.append([line["loss"] for line in lines if line["kind"] == "train"])
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -82,29 +82,45 @@ def load_huggingface(origin: Origin) -> tuple[HuggingFaceTeacher, PieceVocabular
         config = _config(transformers, origin)
         network = _network(transformers, origin, config)
         tokenizer = _tokenizer(transformers, origin)
+    contract.check_interface(network, origin.path)
+    rows = (len(stack.get_input_embeddings().weight) for stack in (network.get_encoder(), network.get_decoder()))
+    source, target = _sides(tokenizer, origin, (next(rows), next(rows)))
+    with _quietly(transformers):
+        layout = _layout(network, tokenizer, source, target, origin)
+    teacher = _carried_over(network, layout, source, target, origin)
+    return teacher.float(), source.vocabulary, target.vocabulary
+
+
+def _layout(
+    network: Any, tokenizer: Any, source: tokens.Side, target: tokens.Side, origin: Origin
+) -> HuggingFaceArchitecture:
+    """What stands around sentences, in our ids; the network itself is left out."""
     name = origin.path
-    contract.check_interface(network, name)
-    encoder_rows, decoder_rows = (
-        len(stack.get_input_embeddings().weight) for stack in (network.get_encoder(), network.get_decoder())
-    )
-    source, target = _sides(tokenizer, origin, (encoder_rows, decoder_rows))
     asked = tokens.languages(tokenizer, source, origin.source_language, origin.target_language, name) + origin.prompt
-    source_prefix, source_suffix = tokens.frame(tokenizer, source, prompt=asked, target=False, origin=name)
+    prefix, suffix = tokens.frame(tokenizer, source, prompt=asked, target=False, origin=name)
     before, after = tokens.frame(tokenizer, target, prompt="", target=True, origin=name)
     prompt = _decoder_prompt(network, target, before, after, origin)
-    longest = _positions(config, tokenizer) - max(len(source_prefix) + len(source_suffix) - 1, len(prompt) - 1)
-
-    network.double().requires_grad_(False).eval()
-    words = [list(_words(side)) for side in (source, target)]
-    source_BS, target_BT = (contract.probe_ids(side, longest=min(9, longest - 1)) for side in words)
-    plain = HuggingFaceArchitecture(
-        network={}, generation={}, source_prefix=source_prefix, source_suffix=source_suffix,
-        target_prefix=prompt[:-1], start=prompt[-1], max_positions=longest,
+    return HuggingFaceArchitecture(
+        network={}, generation={}, source_prefix=prefix, source_suffix=suffix, target_prefix=prompt[:-1],
+        start=prompt[-1],
+        max_positions=_positions(network.config, tokenizer) - max(len(prefix) + len(suffix), len(prompt)) + 1,
     )  # fmt: skip
-    framed = HuggingFaceTeacher(plain, len(source.rows), len(target.rows), network).frame(source_BS)
+
+
+def _carried_over(
+    network: Any, layout: HuggingFaceArchitecture, source: tokens.Side, target: tokens.Side, origin: Origin
+) -> HuggingFaceTeacher:
+    """The teacher, float64 and frozen, once it has been seen to do what the network did. The network is used up."""
+    network.double().requires_grad_(False).eval()
+    sizes = len(source.rows), len(target.rows)
+    source_BS, target_BT = (
+        contract.probe_ids(list(_words(side)), longest=min(9, layout.max_positions - 1)) for side in (source, target)
+    )
+    framed = HuggingFaceTeacher(layout, *sizes, network).frame(source_BS)
+    prompt = [*layout.target_prefix, layout.start]
     expected, scales = _original(network, framed, target_BT, prompt, source, target)
     renumber(network, source.rows, target.rows, prompt=prompt)
-    architecture = plain.model_copy(
+    architecture = layout.model_copy(
         update={
             "network": json.loads(network.config.to_json_string(use_diff=False)),
             "generation": json.loads(network.generation_config.to_json_string(use_diff=False)),
@@ -112,9 +128,9 @@ def load_huggingface(origin: Origin) -> tuple[HuggingFaceTeacher, PieceVocabular
             "hidden_scale": scales[1],
         }
     )
-    teacher = _rebuilt(architecture, HuggingFaceTeacher(architecture, len(source.rows), len(target.rows), network))
-    contract.check_contract(teacher, source_BS, target_BT, expected, name)
-    return teacher.float(), source.vocabulary, target.vocabulary
+    teacher = _rebuilt(architecture, HuggingFaceTeacher(architecture, *sizes, network))
+    contract.check_contract(teacher, source_BS, target_BT, expected, origin.path)
+    return teacher
 
 
 def _config(transformers: Any, origin: Origin) -> Any:

@@ -14,9 +14,10 @@ from engine_fast.models.huggingface.network import head_bias
 
 LACKING = -1
 """In an order of rows: the network has no such symbol."""
-IMPOSSIBLE = -1e4
-"""The logit of a symbol that the network lacks. exp() of it is 0 in every dtype, beside any logits that a network has;
-float16 holds it (to 65504); it is finite, so that what a student gives such a symbol costs it that much, not NaN."""
+IMPOSSIBLE = -1e3
+"""The logit of a symbol that the network lacks. Beside logits of up to hundreds its probability is 0 in every dtype,
+exactly; float16 holds it; and it is finite, and no lower than it need be: a student that has given such a symbol the
+share q pays 1000 q nats, and the 1e-6 that label smoothing leaves there must not outweigh what the teacher says."""
 
 _SINGLE = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "sep_token_id")
 _LISTS = ("suppress_tokens", "begin_suppress_tokens")
