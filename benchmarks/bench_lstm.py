@@ -32,8 +32,8 @@ from engine_fast.config import LSTMArchitecture
 from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import EOS, PAD
 from engine_fast.energies import Relaxation, inner_positions, relaxed_energy
-from engine_fast.models import freeze
-from engine_fast.models.lstm import LSTMMemory, Seq2Seq
+from engine_fast.models import Seq2Seq, freeze
+from engine_fast.models.lstm import LSTMMemory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROVIDERS = ("ours-fp32", "direct-fp32", "ours-bf16", "direct-bf16", "ours_feeding-fp32", "direct_feeding-fp32")

@@ -86,9 +86,11 @@ def _arguments(words: list[str], out: Path, overrides: list[str]) -> tuple[tuple
     from engine_fast.cli.main import COMMANDS
 
     if len(words) == 1 and words[0] not in COMMANDS:
-        from engine_fast.config import load_config
+        from engine_fast.config import find_config, load_config
 
-        settings = load_config(Path(words[0]), overrides)  # a mistake is told once, here, and not by every rank
+        settings = load_config(
+            find_config(Path(words[0])), overrides
+        )  # a mistake is told once, here, and not by every rank
         options = [part for override in overrides for part in ("--set", override)]
         return ("run", words[0], "--out", str(out), *options), settings.runtime.device != "cpu"
     if words[0] not in COMMANDS or words[0] == "launch":

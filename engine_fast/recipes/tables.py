@@ -102,12 +102,6 @@ def _table_of_sweep(config: RunConfig, measured: Sequence[Measured]) -> PaperTab
 def _together(config: RunConfig, measured: Sequence[Measured]) -> dict[str, Any]:
     """One results.json of all trials': each row says which it comes from; what they share is said once."""
     first = measured[0].results
-    seconds: dict[str, float] = {}
-    for each in measured:  # a stage that trials share is found in each of them, and counts once
-        for stage, record in each.results["hashes"].items():
-            stage = stage.removesuffix(" outputs")
-            if stage in each.results["seconds"]:
-                seconds[f"{stage} {record[:12]}"] = each.results["seconds"][stage]
     return {
         **{key: first[key] for key in ("references", "baseline", "split", "signature", "seed", "versions", "machine")},
         "name": config.name,
@@ -115,8 +109,20 @@ def _together(config: RunConfig, measured: Sequence[Measured]) -> dict[str, Any]
         "num_seeds": max(sum(1 for other in measured if other.trial.group == each.trial.group) for each in measured),
         "config": config.model_dump(mode="json", exclude_none=True),
         "corpus": first["corpus"],
-        "seconds": seconds,
+        "seconds": _seconds(measured),
         "hashes": {each.trial.label: each.results["hashes"] for each in measured},
+    }
+
+
+def _seconds(measured: Sequence[Measured]) -> dict[str, float]:
+    """Stage -> seconds, and trial/stage -> seconds of what is not the same in all of them; each once."""
+    owners: dict[tuple[str, str], list[Measured]] = {}
+    for each in measured:
+        for stage in each.results["seconds"]:
+            owners.setdefault((stage, each.results["hashes"][f"{stage} outputs"]), []).append(each)
+    return {
+        stage if len(those) == len(measured) else f"{those[0].trial.label}/{stage}": those[0].results["seconds"][stage]
+        for (stage, _), those in owners.items()
     }
 
 

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine_fast import __version__, ops
-from engine_fast.config import AnyArchitecture, EngineConfig, RunConfig, TrainConfig
+from engine_fast.config import EngineConfig, RunConfig, TrainConfig
 from engine_fast.data.corpus import ParallelCorpus
 from engine_fast.data.prepared import Prepared
-from engine_fast.data.shards import MANIFEST
 from engine_fast.decoding import generate, mask_predict
-from engine_fast.distributed import Engine, World, require_agreement, shard_frozen, start
-from engine_fast.distributed.presence import beat
+from engine_fast.distributed import World, shard_frozen
 from engine_fast.energies import Energy, EnsembleEnergy, TeacherEnergy
-from engine_fast.errors import CheckpointError, VocabularyError, require
-from engine_fast.models import Student, Teacher, freeze, load_model, save_model
+from engine_fast.errors import VocabularyError, require
+from engine_fast.models import Student, Teacher, freeze, load_model
 from engine_fast.models.store import LoadedModel, copy_matching, new_network
 from engine_fast.training.ensemble import member_directories
-from engine_fast.training.export import assemble
-from engine_fast.training.feeding import Feeder, Subset, fitting
-from engine_fast.training.interrupt import catching_signals
-from engine_fast.training.loop import StageName, Trainer
+from engine_fast.training.job import Job, hash_of_model, model_directory, require_shardable
+from engine_fast.training.loop import StageName
 from engine_fast.training.objectives import CMLMObjective, EngineObjective, TeacherObjective
 from engine_fast.training.pretrained import install_teacher
 from engine_fast.training.reuse import Reuse
-from engine_fast.training.run_directory import RunDirectory
-from engine_fast.training.seeding import derive, seed_torch
-from engine_fast.training.validation import BleuSet, Decode, Validator
+from engine_fast.training.seeding import seed_torch
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DROPOUTS = {"dropout", "attention_dropout", "activation_dropout"}
@@ -64,7 +53,7 @@ def train_teacher(config: RunConfig, prepared: Prepared, directory: Path) -> Non
         return [found[0].tokens for found in generate(cast(Teacher, model), source_BS)]
 
     corpora = prepared.split("train"), prepared.split("valid")
-    _Job("teacher", config, config.teacher, prepared, corpora, build, decode, models={}).run(directory)
+    Job("teacher", config, config.teacher, prepared, corpora, build, decode, models={}).run(directory)
 
 
 def train_cmlm(
@@ -101,7 +90,7 @@ def train_cmlm(
             copy_matching(model, teacher)
         return model, lambda module: CMLMObjective(cast(Student, module), config.cmlm)
 
-    _Job("cmlm", config, config.cmlm, prepared, (corpus, valid_corpus), build, _one_pass, models=models).run(directory)
+    Job("cmlm", config, config.cmlm, prepared, (corpus, valid_corpus), build, _one_pass, models=models).run(directory)
 
 
 def train_engine(
@@ -136,14 +125,14 @@ def train_engine(
             "engine.teacher_precision", precision, f"{config.engine.precision}, the student's, or fp32",
         )  # fmt: skip
         kept = None if _is_changed(config.engine) else reuse
-        origin = (precision, config.engine.teacher_checkpointing, *(_hash_of_model(models[name]) for name in names))
+        origin = (precision, config.engine.teacher_checkpointing, *(hash_of_model(models[name]) for name in names))
         teachers = []
         for name in names:
             load = partial(_frozen, models[name], config.engine, _DTYPES[precision], prepared)
             teachers.append(load() if kept is None else kept.teacher((name, *origin), load))
         within = None
         if config.engine.teacher_placement == "sharded":
-            _require_shardable(teachers[0], "engine.teacher_placement", "sharded", "replicated")
+            require_shardable(teachers[0], "engine.teacher_placement", "sharded", "replicated")
             within = shard_frozen(teachers[0], device=world.device, extra=config.deepspeed)
             teachers[0].train(config.engine.teacher_dropout)  # DeepSpeed has put it in training mode
         else:
@@ -166,149 +155,9 @@ def train_engine(
     }
     names = list(models)
     models["cmlm"] = cmlm_dir
-    _Job("engine", config, config.engine, prepared, (corpus, valid_corpus), build, _one_pass, models=models).run(
+    Job("engine", config, config.engine, prepared, (corpus, valid_corpus), build, _one_pass, models=models).run(
         directory
     )
-
-
-@dataclass
-class _Job:
-    """A stage with everything that differs from the others."""
-
-    stage: StageName
-    config: RunConfig
-    settings: TrainConfig
-    prepared: Prepared
-    corpora: tuple[ParallelCorpus, ParallelCorpus]
-    build: Callable[[World], tuple[Teacher | Student, Callable[[nn.Module], nn.Module]]]
-    decode: Decode
-    models: dict[str, Path]
-    """Model directories it starts from."""
-
-    def run(self, directory: Path) -> None:
-        self._check()
-        place = RunDirectory(directory, self.stage)
-        inputs = self._inputs()
-        world = start(self.config.runtime)
-        if world.on_main(lambda: place.is_finished(self.settings, seed=self.config.seed, inputs=inputs)):
-            return
-        require_agreement(world, self._facts(inputs), f"{self.stage}, at its start")
-        changes = world.on_main(lambda: place.begin(self.config, self.settings, inputs=inputs, world_size=world.size))
-        with catching_signals() as stop:
-            beat(f"{self.stage}: building the model")
-            model, objective_of = self.build(world)
-            if self.settings.effective_zero_stage == 3:
-                _require_shardable(model, f"{self.stage}.zero_stage", 3, "less than 3")
-            model.activation_checkpointing = self.settings.activation_checkpointing
-            limits = model.architecture
-            corpus, num_dropped = self._fitting(self.corpora[0], "training corpus", limits)
-            valid, num_invalid = self._fitting(self.corpora[1], "dev set", limits)
-            engine = Engine(objective_of(model), model, self.settings, extra=self.config.deepspeed, world=world)
-            if self.settings.compile:  # not before: the engine may have copied the model
-                model.compile_stacks()
-            frozen = [name for name in self.models if name != "cmlm"] if self.stage == "engine" else []
-            trainer = Trainer(
-                self.stage, self.settings, self.config, directory, engine=engine, world=world, stop=stop,
-                teachers={name: inputs[f"{name} model"] for name in frozen},
-                feeder=Feeder(corpus, self.settings.batch, seed=derive(self.config.seed, self.stage), world=world),
-                validator=Validator(
-                    valid, objective_of, max_tokens=self.settings.batch.max_tokens, bleu=self._bleu_set(limits),
-                    seed=self.config.seed, world=world, stopping=lambda: bool(stop),
-                ),
-            )  # fmt: skip
-            for count, what in ((num_dropped, "training pairs"), (num_invalid, "dev pairs")):
-                if count:
-                    trainer.say(f"{count} {what} are longer than max_positions = {limits.max_positions} and left out")
-            for change in changes:
-                trainer.say(f"changed since the last start: {change}")
-            world.on_main(lambda: self._describe(place, model))
-            weights = trainer.train()
-            world.on_main(lambda: self._export(directory, place, trainer, type(model), limits, weights()))
-
-    def _check(self) -> None:
-        """What can be wrong before any work: names every setting that cannot be met."""
-        metric, stop_key = self.settings.early_stop.metric, f"{self.stage}.early_stop.metric"
-        known = ["loss", "bleu", "energy", "relaxed_energy"] if self.stage == "engine" else ["loss", "bleu"]
-        hint = "Only the engine stage measures energies." if metric not in known else ""
-        require(metric in known, stop_key, metric, " or ".join(known), hint)
-        require(
-            metric != "bleu" or self.settings.valid_bleu_sentences > 0,
-            stop_key, metric, "another metric when valid_bleu_sentences = 0",
-        )  # fmt: skip
-        for corpus in self.corpora:
-            corpus.require_vocabularies(
-                self.prepared.source_vocabulary.fingerprint, self.prepared.target_vocabulary.fingerprint
-            )
-
-    def _inputs(self) -> dict[str, str]:
-        inputs = {
-            "source vocabulary": self.prepared.source_vocabulary.fingerprint,
-            "target vocabulary": self.prepared.target_vocabulary.fingerprint,
-            "training corpus": _hash_file(self.corpora[0].directory / MANIFEST),
-            "dev set": _hash_file(self.corpora[1].directory / MANIFEST),
-        }
-        for name, path in self.models.items():
-            inputs[f"{name} model"] = _hash_of_model(path)
-        return inputs
-
-    def _facts(self, inputs: dict[str, str]) -> dict[str, str]:
-        """What every rank must have in common before the first update."""
-        settings = {
-            "seed": self.config.seed,
-            **self.settings.model_dump(mode="json"),
-            "deepspeed": self.config.deepspeed,
-        }
-        versions = {"engine_fast": __version__, "torch": torch.__version__, "operators": ops.implementation()}
-        return versions | inputs | {f"{self.stage}.{name}": json.dumps(value) for name, value in settings.items()}
-
-    def _fitting(self, corpus: ParallelCorpus, what: str, limits: AnyArchitecture) -> Any:
-        return fitting(corpus, limits, what=what, has_length_classes=self.stage != "teacher")
-
-    def _bleu_set(self, limits: AnyArchitecture) -> BleuSet | None:
-        count = min(self.settings.valid_bleu_sentences, len(self.corpora[1]))
-        if not count:
-            return None
-        return BleuSet(
-            Subset(self.corpora[1], np.arange(count, dtype=np.int64)),
-            [stream[:count] for stream in self.prepared.references("valid")],
-            self.prepared.target_vocabulary,
-            self.decode,
-            limits.max_positions,
-            "none" if self.config.data.pretokenised else "13a",
-        )
-
-    def _card(self) -> dict[str, Any]:
-        """What a model directory says of its origin."""
-        card = {"stage": self.stage, "seed": self.config.seed, "settings": self.settings.model_dump(mode="json")}
-        if self.stage == "teacher":
-            card["right_to_left"] = self.config.teacher.right_to_left
-        else:  # what `translate` takes unless told otherwise
-            card["length_beam"] = getattr(self.config.evaluate, f"{self.stage}_length_beam")
-        return card
-
-    def _describe(self, place: RunDirectory, model: Teacher | Student) -> None:
-        vocabularies = self.prepared.source_vocabulary, self.prepared.target_vocabulary
-        place.describe(model.kind, model.architecture, *vocabularies, card=self._card())
-
-    def _export(
-        self,
-        directory: Path,
-        place: RunDirectory,
-        trainer: Trainer,
-        kind: type[Teacher] | type[Student],
-        architecture: AnyArchitecture,
-        weights: dict[str, Tensor],
-    ) -> None:
-        vocabularies = self.prepared.source_vocabulary, self.prepared.target_vocabulary
-        model = assemble(kind, architecture, *vocabularies, weights, origin=str(directory / "checkpoints"))
-        progress = trainer.progress
-        card = self._card() | {
-            "updates": progress.update,
-            "best_update": progress.best_update,
-            self.settings.early_stop.metric: progress.best_score,
-        }
-        save_model(directory / "model", model, *vocabularies, card=card)
-        place.finish(updates=progress.update, best_update=progress.best_update, seconds=progress.seconds)
 
 
 def _seeded(config: RunConfig, settings: TrainConfig) -> RunConfig:
@@ -329,25 +178,13 @@ def _frozen(path: Path, config: EngineConfig, dtype: torch.dtype, prepared: Prep
     return freeze(teacher, dtype=dtype, dropout=config.teacher_dropout)
 
 
-def _require_shardable(model: Teacher | Student, key: str, got: object, wanted: str) -> None:
-    require(
-        model.shardable,
-        key, got, f"{wanted} for an LSTM with input feeding",
-        "It gathers weights at every position, and ranks have sentences of other lengths. Or set input_feeding: false.",
-    )  # fmt: skip
-
-
 def _one_pass(model: nn.Module, source_BS: Tensor) -> list[list[int]]:
     return [hypothesis.tokens for hypothesis in mask_predict(cast(Student, model), source_BS)]
 
 
-def _model_directory(path: Path) -> Path:
-    return path / "model" if (path / "model" / "config.json").is_file() else path
-
-
 def _load(path: Path, kind: str, prepared: Prepared) -> LoadedModel:
     """A model of `kind` whose vocabularies are the corpus's. Raises CheckpointError, VocabularyError."""
-    directory = _model_directory(path)
+    directory = model_directory(path)
     loaded = load_model(directory, kind=kind, dtype=torch.float32)
     for side, own, wanted in (
         ("source", loaded.source_vocabulary, prepared.source_vocabulary),
@@ -382,17 +219,3 @@ def _student(baseline: Student, config: RunConfig) -> Student:
 def _is_changed(config: EngineConfig) -> bool:
     """Whether a loaded teacher does not stay as it was loaded."""
     return config.teacher_placement == "sharded" or config.teacher_compile or config.teacher_dropout
-
-
-def _hash_of_model(path: Path) -> str:
-    return _hash_file(_model_directory(path) / "model.safetensors")
-
-
-def _hash_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}). Give a directory that holds a model."
-        ) from error

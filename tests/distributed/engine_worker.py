@@ -18,9 +18,7 @@ from engine_fast.data.symbols import EOS, NUM_SPECIAL, PAD
 from engine_fast.distributed import Engine, shard_frozen, start
 from engine_fast.distributed.runtime import leave
 from engine_fast.energies import TeacherEnergy
-from engine_fast.models import CMLM, Student, Teacher, Transformer, freeze
-from engine_fast.models.lstm import Seq2Seq
-from engine_fast.models.tagger import Tagger
+from engine_fast.models import CMLM, Seq2Seq, Student, Tagger, Teacher, Transformer, freeze
 from engine_fast.training.objectives import EngineObjective
 
 VOCABULARY, NUM_MICRO, NUM_UPDATES, LR = 53, 4, 20, 2e-3

@@ -352,7 +352,7 @@ def test_cmlm_and_engine_train_on_what_came_before(prepared, plain_teacher, tmp_
 
 def test_from_teacher_copies_what_fits(prepared, plain_teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Trainer, "train", lambda self: self._engine.weights)
-    monkeypatch.setattr("engine_fast.training.stages.RunDirectory.finish", lambda *_, **__: None)
+    monkeypatch.setattr("engine_fast.training.job.RunDirectory.finish", lambda *_, **__: None)
     corpus, valid = prepared.split("train"), prepared.split("valid")
     for name, copied in (("copied", True), ("fresh", False)):
         config = make_config(cmlm__from_teacher=copied)
