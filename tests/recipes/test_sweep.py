@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +158,33 @@ def test_workers_tell_what_failed(copied: Path) -> None:
     (copied / "cmlm" / "stage.json").write_text(json.dumps(record))
     with pytest.raises(SweepError, match=r"2 of 4 trials are not done: o1=SX,o2=ST,seed=1 \(.*model"):
         go(pairs(processes=2), copied)
+
+
+@pytest.mark.slow
+def test_an_interrupt_reaches_the_workers_and_they_save(copied: Path, tmp_path: Path) -> None:
+    from engine_fast.config import dump_config
+
+    shutil.rmtree(copied / "trials")
+    config = micro_config(
+        sweep={"grid": PAIRS, "processes": 2}, evaluate=ONE_PASS,
+        engine={"max_updates": 3000, "checkpoint_every": 3000, "validate_every": 3000},
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(dump_config(config.model_copy(update={"table": "table2"})))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+    command = [sys.executable, "-m", "engine_fast.cli.main", "run", str(tmp_path / "config.yaml"), "--out", str(copied)]
+    run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    metrics = [copied / "trials" / label / "engine" / "metrics.jsonl" for label in LABELS[:2]]
+    deadline = time.monotonic() + 240
+    while not all(path.is_file() and path.stat().st_size for path in metrics):
+        assert time.monotonic() < deadline, "the trials did not begin"
+        assert run.poll() is None, "the sweep ended"
+        time.sleep(0.5)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: the workers are not of this group
+    _, told = run.communicate(timeout=120)
+    assert run.returncode == 130, told[-3000:]
+    for path in metrics:
+        assert list((path.parent / "checkpoints").glob("update-*")), "a worker saved nothing"
+        assert not (path.parent / "stage.json").exists()
 
 
 @pytest.mark.slow
