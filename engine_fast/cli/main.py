@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("report", "Write a run's report.html from its results."),
     "launch": ("launch", "Run a recipe or a command on many ranks: hosts, SLURM, torchrun; watched and restarted."),
     "export": ("export", "Turn a checkpoint of a stage, finished or not, into a model directory."),
-    "import": ("import_", "Turn a fairseq-style checkpoint into a model directory."),
+    "import": ("import_", "Turn a fairseq checkpoint, or a Hugging Face model, into a model directory."),
     "doctor": ("doctor", "Say what is installed, compiled and usable, and what to do about the rest."),
 }
 

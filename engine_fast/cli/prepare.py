@@ -16,7 +16,9 @@ from engine_fast.data.prepare import prepare as prepare_corpus
 
 
 def prepare(
-    config: Annotated[Path, typer.Argument(help="A YAML file, see configs/; only its data section and seed are used.")],
+    config: Annotated[
+        Path, typer.Argument(help="A YAML file, see configs/: its data section, seed and teacher.pretrained are used.")
+    ],
     out: Annotated[
         Path, typer.Option("--out", help="Directory to write; replaced when it holds an older preparation.")
     ],
@@ -28,7 +30,12 @@ def prepare(
     """Clean a parallel corpus, train its vocabulary and write id shards."""
     changes = [*(overrides or []), *(["data.allow_unverified=true"] if allow_unverified else [])]
     settings = load_config(config, changes)
-    report = prepare_corpus(settings.data, out, seed=settings.seed)
+    given = None
+    if settings.teacher.pretrained is not None:
+        from engine_fast.training.pretrained import vocabularies_of
+
+        given = vocabularies_of(settings.teacher.pretrained)
+    report = prepare_corpus(settings.data, out, seed=settings.seed, given=given)
     console = Console()
     for table in tables(report):
         console.print(table)

@@ -237,7 +237,7 @@ class EnsembleMember(Section):
 
 
 class TemperatureSchedule(Section):
-    """O1's temperature over the updates of the stage, from soft to hard."""
+    """O1's temperature over the max_updates of the stage, from soft to hard."""
 
     start: PositiveFloat = 1.0
     """At the first update."""

@@ -33,7 +33,7 @@ from engine_fast.data.shards import ShardWriter
 from engine_fast.data.subwords import train_sentencepiece
 from engine_fast.data.symbols import UNK
 from engine_fast.data.text import expand_path, iter_lines, iter_pairs, write_lines
-from engine_fast.data.vocabulary import SentencePieceVocabulary, Vocabulary
+from engine_fast.data.vocabulary import SentencePieceVocabulary, Vocabulary, save_pair
 from engine_fast.errors import DataError, EngineFastError
 
 __all__ = ["PrepareReport", "Prepared", "prepare"]
@@ -52,23 +52,26 @@ class _Files:
     references: tuple[Path, ...]
 
 
-def prepare(config: DataConfig, directory: Path, *, seed: int) -> PrepareReport:
+def prepare(
+    config: DataConfig, directory: Path, *, seed: int, given: tuple[Vocabulary, Vocabulary] | None = None
+) -> PrepareReport:
     """Prepare a corpus in `directory`, whole or not at all; Prepared.open(directory) reads it.
 
+    given: the vocabularies of source and target; None trains new ones, as data.vocabulary says.
     Does nothing when the directory already holds the result of the same settings and the same input bytes. The seed
     matters for the generated corpus only. Raises DataError, ConfigError.
     """
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="engine-fast-") as scratch:
         splits = _input_files(config, Path(scratch), seed)
-        key = _key(config, splits)
+        key = _key(config, splits, given)
         if os.path.exists(directory / REPORT):  # false, not an error, where it may not be looked at
             report = _reusable(directory, key)
             if report is not None:
                 _LOG.info("%s: already prepared from the same input, nothing to do", directory)
                 return report
         with new_directory(directory, marker=REPORT) as partial:
-            report = _prepare_into(config, splits, partial, key)
+            report = _prepare_into(config, splits, partial, key, given)
             write_file(partial / REPORT, report.to_json())
     return replace(report, seconds=time.perf_counter() - started)
 
@@ -90,12 +93,13 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", include=shaping)
 
 
-def _key(config: DataConfig, splits: dict[str, _Files]) -> str:
+def _key(config: DataConfig, splits: dict[str, _Files], given: tuple[Vocabulary, Vocabulary] | None) -> str:
     inputs = {
         split: [sha256_of(path) for path in (files.source, files.target, *files.references)]
         for split, files in splits.items()
     }
-    content = json.dumps([VERSION, _settings(config), inputs], sort_keys=True)
+    imported = [] if given is None else [[vocabulary.fingerprint for vocabulary in given]]
+    content = json.dumps([VERSION, _settings(config), inputs, *imported], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -113,10 +117,20 @@ def _reusable(directory: Path, key: str) -> PrepareReport | None:
     return replace(report, reused=True)
 
 
-def _prepare_into(config: DataConfig, splits: dict[str, _Files], directory: Path, key: str) -> PrepareReport:
+def _prepare_into(
+    config: DataConfig,
+    splits: dict[str, _Files],
+    directory: Path,
+    key: str,
+    given: tuple[Vocabulary, Vocabulary] | None,
+) -> PrepareReport:
     verdicts, num_characters = _judge(config, splits["train"], directory)
     share = min(1.0, _MOST_CHARACTERS[config.vocabulary.kind] / max(num_characters, 1))
-    vocabularies, files = _train_vocabularies(config, splits["train"], verdicts, share, directory)
+    if given is None:
+        vocabularies, files = _train_vocabularies(config, splits["train"], verdicts, share, directory)
+    else:
+        names = save_pair(directory, *given)
+        vocabularies, files = given, (names["source"], names["target"])
     reports = {}
     for split, split_files in splits.items():
         reports[split] = _encode_split(
@@ -126,7 +140,7 @@ def _prepare_into(config: DataConfig, splits: dict[str, _Files], directory: Path
         if split != "train":
             _copy_text(split, split_files, directory)
     texts = sorted(path.name for path in directory.glob("*.txt"))
-    kind = config.vocabulary.kind
+    kind = config.vocabulary.kind if given is None else "given"
     return PrepareReport(
         key=key,
         corpus="synthetic" if config.synthetic else config.corpus or "files",

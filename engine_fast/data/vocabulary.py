@@ -1,4 +1,5 @@
-"""Text to ids and back. One interface, two kinds: a SentencePiece model, or a fairseq dictionary of ready tokens.
+"""Text to ids and back. One interface, three kinds: a SentencePiece model, a fairseq dictionary of ready tokens, or
+(engine_fast.data.pieces) SentencePiece's segmentation over a list of pieces that came from elsewhere.
 
 In every vocabulary <s> 0, <pad> 1, </s> 2, <unk> 3, <mask> 4 (engine_fast.data.symbols). Text can never produce 0, 1, 2
 or 4: a sentence that contains the characters "</s>" is spelled out, or becomes <unk>.
@@ -14,13 +15,11 @@ from typing import Any, Protocol
 
 import sentencepiece
 
-from engine_fast.data.atomic import write_file, writing
-from engine_fast.data.symbols import BOS, EOS, MASK, PAD, UNK
+from engine_fast.data.pieces import PieceVocabulary
+from engine_fast.data.symbols import MASK, UNK
 from engine_fast.data.text import normalise
+from engine_fast.data.vocabulary_parts import SILENT, SYMBOLS, check_ids, read_content, save_content
 from engine_fast.errors import VocabularyError
-
-_SYMBOLS = {"<s>": BOS, "<pad>": PAD, "</s>": EOS, "<unk>": UNK, "<mask>": MASK}
-_SILENT = frozenset({BOS, PAD, EOS, MASK})
 
 
 class Vocabulary(Protocol):
@@ -69,10 +68,10 @@ class SentencePieceVocabulary:
             raise VocabularyError(
                 f"{origin}: is not a SentencePiece model ({error}). Restore it or prepare again."
             ) from error
-        got = {symbol: processor.piece_to_id(symbol) for symbol in _SYMBOLS}
-        if got != _SYMBOLS or any(not processor.is_control(number) for number in _SILENT):
+        got = {symbol: processor.piece_to_id(symbol) for symbol in SYMBOLS}
+        if got != SYMBOLS or any(not processor.is_control(number) for number in SILENT):
             raise VocabularyError(
-                f"{origin}: its special ids are {got}, expected control symbols {_SYMBOLS}. "
+                f"{origin}: its special ids are {got}, expected control symbols {SYMBOLS}. "
                 "Train the vocabulary with engine-fast prepare."
             )
         self._processor = processor
@@ -93,7 +92,7 @@ class SentencePieceVocabulary:
         return list(self._processor.encode([normalise(text) for text in texts], num_threads=1))
 
     def decode(self, ids: Iterable[int]) -> str:
-        kept = [int(number) for number in ids if int(number) not in _SILENT]
+        kept = [int(number) for number in ids if int(number) not in SILENT]
         self._check(kept)
         return str(self._processor.decode(kept)) if kept else ""
 
@@ -103,14 +102,14 @@ class SentencePieceVocabulary:
         return [str(self._processor.id_to_piece(number)) for number in numbers]
 
     def save(self, directory: Path, stem: str) -> str:
-        return _save(directory, stem + self.suffix, self._content)
+        return save_content(directory, stem + self.suffix, self._content)
 
     @classmethod
     def load(cls, path: Path) -> SentencePieceVocabulary:
-        return cls(_read(path), str(path))
+        return cls(read_content(path), str(path))
 
     def _check(self, ids: list[int]) -> None:
-        _check_ids(ids, len(self))
+        check_ids(ids, len(self))
 
 
 class DictionaryVocabulary:
@@ -125,7 +124,7 @@ class DictionaryVocabulary:
     def __init__(self, tokens: Sequence[str], *, mask: bool = True) -> None:
         """Raises VocabularyError when a token stands twice."""
         self.mask = mask
-        specials = [symbol for symbol, number in _SYMBOLS.items() if mask or number != MASK]
+        specials = [symbol for symbol, number in SYMBOLS.items() if mask or number != MASK]
         self._tokens = [*specials, *tokens]
         self._ids = {token: number for number, token in enumerate(self._tokens)}
         if len(self._ids) != len(self._tokens):
@@ -150,13 +149,13 @@ class DictionaryVocabulary:
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         numbers = [int(number) for number in ids]
-        _check_ids(numbers, len(self))
+        check_ids(numbers, len(self))
         return [self._tokens[number] for number in numbers]
 
     def save(self, directory: Path, stem: str) -> str:
         first = 5 if self.mask else 4
         lines = [f"{self._HEADER}{int(self.mask)}", *(f"{token} 1" for token in self._tokens[first:])]
-        return _save(directory, stem + self.suffix, ("\n".join(lines) + "\n").encode())
+        return save_content(directory, stem + self.suffix, ("\n".join(lines) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path, *, mask: bool | None = None) -> DictionaryVocabulary:
@@ -165,7 +164,7 @@ class DictionaryVocabulary:
         Raises VocabularyError: not readable, a line without a count, a token given twice.
         """
         tokens: list[str] = []
-        for number, line in enumerate(_read(path).decode("utf-8", errors="replace").split("\n"), start=1):
+        for number, line in enumerate(read_content(path).decode("utf-8", errors="replace").split("\n"), start=1):
             if number == 1 and line.startswith(cls._HEADER):
                 mask = line == f"{cls._HEADER}1" if mask is None else mask
                 continue
@@ -182,12 +181,16 @@ class DictionaryVocabulary:
 
 
 def load_vocabulary(path: Path) -> Vocabulary:
-    """Read a vocabulary file, .model or .dict.txt. Raises VocabularyError."""
+    """Read a vocabulary file, .model, .dict.txt or .pieces.json. Raises VocabularyError."""
     if path.name.endswith(DictionaryVocabulary.suffix) or path.name == "dict.txt":
         return DictionaryVocabulary.load(path)
     if path.name.endswith(SentencePieceVocabulary.suffix):
         return SentencePieceVocabulary.load(path)
-    raise VocabularyError(f"{path}: a vocabulary file ends in .model (SentencePiece) or .dict.txt (fairseq).")
+    if path.name.endswith(PieceVocabulary.suffix):
+        return PieceVocabulary.load(path)
+    raise VocabularyError(
+        f"{path}: a vocabulary file ends in .model (SentencePiece), .dict.txt (fairseq) or .pieces.json (imported)."
+    )
 
 
 def save_pair(directory: Path, source: Vocabulary, target: Vocabulary) -> dict[str, str]:
@@ -195,22 +198,3 @@ def save_pair(directory: Path, source: Vocabulary, target: Vocabulary) -> dict[s
     if source.fingerprint == target.fingerprint:
         return dict.fromkeys(("source", "target"), target.save(directory, "joint"))
     return {"source": source.save(directory, "source"), "target": target.save(directory, "target")}
-
-
-def _check_ids(ids: list[int], size: int) -> None:
-    if ids and not 0 <= min(ids) <= max(ids) < size:
-        wrong = next(number for number in ids if not 0 <= number < size)
-        raise VocabularyError(f"id {wrong} does not exist in a vocabulary of {size}: model and vocabulary differ.")
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise VocabularyError(f"{path}: cannot be read ({error.strerror}). Restore it or prepare again.") from error
-
-
-def _save(directory: Path, name: str, content: bytes) -> str:
-    with writing(directory / name):
-        write_file(directory / name, content)
-    return name

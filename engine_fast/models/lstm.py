@@ -169,6 +169,7 @@ class Seq2Seq(Teacher):
         self.encoder = LSTMEncoder(architecture, source_size)
         self.decoder = LSTMDecoder(architecture, target_size)
         self.output = Head(architecture.decoder_width, target_size, bias=False)
+        self.shardable = not architecture.input_feeding  # then the decoder's layers are called once a position
         self.reset_parameters()
 
     @property

@@ -32,6 +32,9 @@ class Network(nn.Module, ABC):
     target_size: int
     activation_checkpointing: bool
     """Whether blocks are recomputed in the backward pass."""
+    shardable: bool = True
+    """Whether every batch calls the same modules equally often, whatever its lengths: under ZeRO-3 each call gathers
+    weights on all ranks together."""
 
     @property
     def max_positions(self) -> int:

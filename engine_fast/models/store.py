@@ -21,6 +21,7 @@ from engine_fast.config import AnyArchitecture, Architecture, LSTMArchitecture, 
 from engine_fast.data.vocabulary import Vocabulary, load_vocabulary, save_pair
 from engine_fast.errors import CheckpointError, DataError, VocabularyError
 from engine_fast.models.cmlm import CMLM
+from engine_fast.models.huggingface.network import HuggingFaceArchitecture, HuggingFaceTeacher
 from engine_fast.models.lstm import Seq2Seq
 from engine_fast.models.protocols import Network, Student, Teacher
 from engine_fast.models.tagger import Tagger
@@ -31,6 +32,7 @@ WEIGHTS = "model.safetensors"
 KINDS: dict[str, type[Teacher] | type[Student]] = {
     "transformer": Transformer,
     "lstm": Seq2Seq,
+    "huggingface": HuggingFaceTeacher,
     "cmlm": CMLM,
     "tagger": Tagger,
 }
@@ -41,9 +43,10 @@ _BY_ARCHITECTURE: dict[tuple[str, str], type[Teacher] | type[Student]] = {
     ("student", "transformer"): CMLM,
     ("student", "bilstm"): Tagger,
 }
-_ARCHITECTURES: dict[str, type[AnyArchitecture]] = {
+_ARCHITECTURES: dict[str, type[AnyArchitecture] | type[HuggingFaceArchitecture]] = {
     "transformer": Architecture,
     "lstm": LSTMArchitecture,
+    "huggingface": HuggingFaceArchitecture,
     "cmlm": Architecture,
     "tagger": TaggerArchitecture,
 }
@@ -139,9 +142,7 @@ def load_model(
         raise CheckpointError(
             f"{directory}: holds a {config['kind']} model, expected a {kind} model. Give the other directory."
         )
-    vocabularies = [_read_vocabulary(directory, side, config["vocabularies"][side]) for side in ("source", "target")]
-    if vocabularies[0].fingerprint == vocabularies[1].fingerprint:
-        vocabularies[1] = vocabularies[0]
+    vocabularies = _read_vocabularies(directory, config)
     try:
         architecture = read_architecture(config["kind"], config["architecture"])
     except ValidationError as error:
@@ -162,6 +163,11 @@ def load_model(
     return LoadedModel(model, vocabularies[0], vocabularies[1], card)
 
 
+def load_vocabularies(directory: Path) -> tuple[Vocabulary, Vocabulary]:
+    """Of source and target, one object where they are one; the weights are not read. Raises as load_model."""
+    return _read_vocabularies(directory, _read_config(directory))
+
+
 def new_network(
     role: Literal["teacher", "student"], architecture: AnyArchitecture, source_size: int, target_size: int
 ) -> Teacher | Student:
@@ -169,7 +175,7 @@ def new_network(
     return _BY_ARCHITECTURE[role, architecture.kind](architecture, source_size, target_size)
 
 
-def read_architecture(kind: str, tree: Any) -> AnyArchitecture:
+def read_architecture(kind: str, tree: Any) -> Any:
     """The architecture of a model of that kind. Raises pydantic's ValidationError."""
     return _ARCHITECTURES[kind].model_validate(tree)
 
@@ -250,6 +256,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{path}: {', '.join(missing)} missing. The directory is damaged: export the model again."
         )
     return config
+
+
+def _read_vocabularies(directory: Path, config: dict[str, Any]) -> tuple[Vocabulary, Vocabulary]:
+    source, target = (_read_vocabulary(directory, side, config["vocabularies"][side]) for side in ("source", "target"))
+    return source, source if source.fingerprint == target.fingerprint else target
 
 
 def _read_vocabulary(directory: Path, side: str, entry: dict[str, Any]) -> Vocabulary:

@@ -25,6 +25,7 @@ from engine_fast.recipes.execute import Say
 from engine_fast.recipes.graph import Stage, ancestors, hash_file, identities, read_record
 from engine_fast.training import Reuse, train_cmlm, train_engine, train_teacher
 from engine_fast.training.ensemble import member_hashes
+from engine_fast.training.pretrained import described, vocabularies_of
 
 _WITHOUT_EFFECT = {"log_every", *ROUNDING_ONLY}
 """Training settings that change no result but for rounding: a stage goes on, or stands, when they change."""
@@ -72,7 +73,11 @@ class _Bodies:
         """Of the graph's stages, by name; known before the first of them runs."""
 
     def prepare(self, directory: Path) -> None:
-        counted = prepare(self._config.data, directory / "data", seed=self._config.seed)
+        config = self._config
+        given = None if config.teacher.pretrained is None else vocabularies_of(config.teacher.pretrained)
+        if given is not None and "vocabulary" in config.data.model_fields_set:
+            self._say("prepare: data.vocabulary has no effect, the vocabularies are those of teacher.pretrained")
+        counted = prepare(config.data, directory / "data", seed=config.seed, given=given)
         for split, part in counted.splits.items():
             self._say(f"prepare: {split}: {part.kept} of {part.read} pairs kept")
 
@@ -130,18 +135,21 @@ class _Bodies:
 def _drafts(config: RunConfig, bodies: _Bodies, prepare_stage: Stage | None) -> list[Stage]:
     """Every stage that a run may have, each after what it reads."""
     seed = {"seed": config.seed}
+    pretrained = config.teacher.pretrained
+    taken = {} if pretrained is None else {"pretrained": described(pretrained)}
     deepspeed = _numeric(config.deepspeed)
     engine_extra = {"deepspeed": deepspeed} if deepspeed else {}
 
     def training(name: str, upstream: Sequence[str], body: Callable[[Path], None]) -> Stage:
         settings: dict[str, Any] = {**seed, **engine_extra, name: _section(getattr(config, name), _WITHOUT_EFFECT)}
+        settings |= taken if name == "teacher" else {}
         if name == "engine" and config.engine.ensemble:
             settings["members"] = member_hashes(config.engine)
         # not metrics.jsonl: it holds times, which must not make a later stage run again
         return Stage(name, tuple(upstream), settings, ("model/**/*",), body, every_rank=True)
 
     prepared = (
-        Stage("prepare", (), {**seed, **_prepare_inputs(config.data)}, ("data/**/*",), bodies.prepare)
+        Stage("prepare", (), {**seed, **taken, **_prepare_inputs(config.data)}, ("data/**/*",), bodies.prepare)
         if prepare_stage is None
         else prepare_stage
     )

@@ -50,7 +50,7 @@ class Sums:
         self._sums.zero_()
 
     def averages(self, world: World) -> dict[str, float]:
-        """Over all ranks: loss and nll a token; energies, length loss, repetitions a sentence; right lengths; counts."""
+        """Loss and nll a token; energies, length loss, repetitions a sentence; length accuracy; counts."""
         seen = frozenset().union(*world.gather(self._seen))
         total = world.all_reduce_sum(self._sums.clone()).tolist()
         sums = {name: value for name, value in zip(SUMS, total, strict=True) if name in seen}

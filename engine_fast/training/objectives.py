@@ -125,10 +125,16 @@ class EngineObjective(nn.Module):
         self.relaxation = Relaxation(config.o1, config.o2, config.temperature, stl_logits=config.stl_logits)
         self._now = self._relaxation_at(0.0)
         self._whole_log_probabilities = "STL" in (config.o1, config.o2) and config.stl_logits == "log_probabilities"
-        self._warn_of_whole_logits()
+        self._warn_of_settings_without_effect()
 
-    def _warn_of_whole_logits(self) -> None:
+    def _warn_of_settings_without_effect(self) -> None:
         config = self.config
+        if config.o1_temperature is not None and config.o1 == "STL":
+            warnings.warn(
+                "engine.o1_temperature has no effect: engine.o1 = 'STL' reads no temperature, neither in its words nor "
+                "in its Jacobian.",
+                stacklevel=3,
+            )
         reasons = [name for name in ("cross_entropy_weight", "repetition_weight") if getattr(config, name)]
         reason = (reasons or ["stl_logits"])[0]
         if config.head_memory == "recompute" and (reasons or self._whole_log_probabilities):

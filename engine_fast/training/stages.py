@@ -32,6 +32,7 @@ from engine_fast.training.feeding import Feeder, Subset, fitting
 from engine_fast.training.interrupt import catching_signals
 from engine_fast.training.loop import StageName, Trainer
 from engine_fast.training.objectives import CMLMObjective, EngineObjective, TeacherObjective
+from engine_fast.training.pretrained import install_teacher
 from engine_fast.training.reuse import Reuse
 from engine_fast.training.run_directory import RunDirectory
 from engine_fast.training.seeding import derive, seed_torch
@@ -42,12 +43,15 @@ _DROPOUTS = {"dropout", "attention_dropout", "activation_dropout"}
 
 
 def train_teacher(config: RunConfig, prepared: Prepared, directory: Path) -> None:
-    """Train the autoregressive teacher on the references; leaves directory/model.
+    """Train the autoregressive teacher on the references, or take over teacher.pretrained; leaves directory/model.
 
     This and the other two: a directory that holds the finished stage is left alone, one that holds a part of it is
     continued. Raises Interrupted after a signal (state saved), DivergenceError, ConfigError, CheckpointError,
     VocabularyError, DataError.
     """
+    if config.teacher.pretrained is not None:
+        install_teacher(config, prepared, directory)
+        return
 
     config = _seeded(config, config.teacher)
 
@@ -139,6 +143,7 @@ def train_engine(
             teachers.append(load() if kept is None else kept.teacher((name, *origin), load))
         within = None
         if config.engine.teacher_placement == "sharded":
+            _require_shardable(teachers[0], "engine.teacher_placement", "sharded", "replicated")
             within = shard_frozen(teachers[0], device=world.device, extra=config.deepspeed)
             teachers[0].train(config.engine.teacher_dropout)  # DeepSpeed has put it in training mode
         else:
@@ -192,6 +197,8 @@ class _Job:
         with catching_signals() as stop:
             beat(f"{self.stage}: building the model")
             model, objective_of = self.build(world)
+            if self.settings.effective_zero_stage == 3:
+                _require_shardable(model, f"{self.stage}.zero_stage", 3, "less than 3")
             model.activation_checkpointing = self.settings.activation_checkpointing
             limits = model.architecture
             corpus, num_dropped = self._fitting(self.corpora[0], "training corpus", limits)
@@ -320,6 +327,14 @@ def _frozen(path: Path, config: EngineConfig, dtype: torch.dtype, prepared: Prep
     teacher = cast(Teacher, _load(path, "teacher", prepared).model)
     teacher.activation_checkpointing = config.teacher_checkpointing
     return freeze(teacher, dtype=dtype, dropout=config.teacher_dropout)
+
+
+def _require_shardable(model: Teacher | Student, key: str, got: object, wanted: str) -> None:
+    require(
+        model.shardable,
+        key, got, f"{wanted} for an LSTM with input feeding",
+        "It gathers weights at every position, and ranks have sentences of other lengths. Or set input_feeding: false.",
+    )  # fmt: skip
 
 
 def _one_pass(model: nn.Module, source_BS: Tensor) -> list[list[int]]:

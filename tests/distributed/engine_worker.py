@@ -12,17 +12,19 @@ from typing import Any
 import torch
 
 from engine_fast import ops
-from engine_fast.config import Architecture, EngineConfig, RuntimeConfig
+from engine_fast.config import Architecture, EngineConfig, LSTMArchitecture, RuntimeConfig, TaggerArchitecture
 from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import EOS, NUM_SPECIAL, PAD
 from engine_fast.distributed import Engine, shard_frozen, start
 from engine_fast.distributed.runtime import leave
 from engine_fast.energies import TeacherEnergy
-from engine_fast.models import CMLM, Transformer, freeze
+from engine_fast.models import CMLM, Seq2Seq, Student, Tagger, Teacher, Transformer, freeze
 from engine_fast.training.objectives import EngineObjective
 
 VOCABULARY, NUM_MICRO, NUM_UPDATES, LR = 53, 4, 20, 2e-3
 SMALL = Architecture(width=16, ffn_width=24, heads=2, encoder_layers=1, decoder_layers=1, max_positions=12, dropout=0.0)
+LSTM = LSTMArchitecture(embedding_width=16, encoder_width=12, decoder_width=20, max_positions=12, dropout=0.0)
+TAGGER = TaggerArchitecture(embedding_width=16, width=12, max_positions=12, dropout=0.0)
 NOTHING_STAYS_WHOLE = {
     "zero_optimization": {
         "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
@@ -45,17 +47,23 @@ def config_of(**settings: Any) -> EngineConfig:
     return EngineConfig.model_validate({"optim": optim, **settings})
 
 
-def models(teacher_dtype: torch.dtype | None = None) -> tuple[CMLM, Transformer]:
+def models(networks: str = "transformers", teacher_dtype: torch.dtype | None = None) -> tuple[Student, Teacher]:
+    """networks: "transformers", or "recurrent" or "feeding", an LSTM without or with input feeding and a tagger."""
     torch.manual_seed(0)
-    student, teacher = CMLM(SMALL, VOCABULARY, VOCABULARY), Transformer(SMALL, VOCABULARY, VOCABULARY)
+    student: Student
+    teacher: Teacher
+    if networks == "transformers":
+        student, teacher = CMLM(SMALL, VOCABULARY, VOCABULARY), Transformer(SMALL, VOCABULARY, VOCABULARY)
+    else:
+        lstm = LSTM.model_copy(update={"input_feeding": networks == "feeding"})
+        student, teacher = Tagger(TAGGER, VOCABULARY, VOCABULARY), Seq2Seq(lstm, VOCABULARY, VOCABULARY)
     return student, freeze(teacher, dtype=teacher_dtype)
 
 
-def plain(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """No DeepSpeed and no fused operator: one process, AdamW on float32 weights, models in `dtype`."""
-    student, teacher = models(dtype)
+def plain(networks: str = "transformers") -> dict[str, Any]:
+    """No DeepSpeed and no fused operator: one process, AdamW, everything in float32."""
+    student, teacher = models(networks)
     masters = [parameter.detach().clone().requires_grad_() for parameter in student.parameters()]
-    student = student.to(dtype)
     objective = EngineObjective(student, TeacherEnergy(teacher), config_of())
     optimizer = torch.optim.AdamW(masters, lr=LR, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1)
     losses, norms = [], []
@@ -81,12 +89,12 @@ def plain(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     return {"losses": losses, "norms": norms}
 
 
-def on_engine(**settings: Any) -> dict[str, Any]:
+def on_engine(networks: str = "transformers", **settings: Any) -> dict[str, Any]:
     """The same updates on the engine; `settings` are those of the engine stage."""
     world = start(RuntimeConfig(device="cpu", threads=1))
     config = config_of(**settings)
     half = (config.teacher_precision or config.precision) == "bf16"
-    student, teacher = models(torch.bfloat16 if half else None)
+    student, teacher = models(networks, torch.bfloat16 if half else None)
     within = (
         shard_frozen(teacher, device=world.device, extra=NOTHING_STAYS_WHOLE)
         if config.teacher_placement == "sharded"
@@ -99,7 +107,7 @@ def on_engine(**settings: Any) -> dict[str, Any]:
         batches = [micro_batch(update, number) for number in range(NUM_MICRO)]
         tokens, loss = sum(batch.num_target_tokens for batch in batches), torch.zeros(())
         mine = batches[world.rank :: world.size]
-        engine.prepare(mine)
+        engine.prepare(mine, done=0.0)
         for batch in mine:
             loss += engine.backward(batch, num_target_tokens=tokens)["loss"]
         norms.append(engine.step(LR).grad_norm)

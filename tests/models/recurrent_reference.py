@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine_fast.models.lstm import Seq2Seq
+from engine_fast.models import Seq2Seq
 from engine_fast.models.recurrent import BiLSTM
 
 

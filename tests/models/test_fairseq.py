@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from engine_fast.cli.main import app
 from engine_fast.config import Architecture
 from engine_fast.data.symbols import EOS, MASK, PAD
+from engine_fast.decoding import greedy
+from engine_fast.energies import discrete_energy
 from engine_fast.errors import CheckpointError, VocabularyError
 from engine_fast.models import CMLM, Transformer, load_model, shift_right
 from engine_fast.models.fairseq import convert_state, import_fairseq, rename_state
@@ -319,3 +321,30 @@ def test_command_line(files):
     assert load_model(out).model.kind == "cmlm"
     result = CliRunner().invoke(app, ["import", "absent.pt", *command[2:]])
     assert result.exit_code == 2
+
+
+def test_imported_by_the_command_line_then_it_translates_and_scores(files, tmp_path):
+    """The energies are those of the network the checkpoint was made of, and the translations are its own."""
+    model = build("transformer")
+    checkpoint, source, target, out = files(model)
+    run = CliRunner().invoke
+    command = ["import", str(checkpoint), "--source-dict", str(source), "--target-dict", str(target), "--to", str(out)]
+    result = run(app, command)
+    assert result.exit_code == 0, result.output
+
+    lines = ["word2 word4 word6", "word1"]
+    text = "\n".join(lines) + "\n"
+    result = run(app, ["translate", "--model", str(out), "--beam", "1"], input=text)
+    assert result.exit_code == 0, result.output
+    translations = result.stdout.splitlines()
+    best = greedy(model, SOURCE)
+    vocabulary = load_model(out).target_vocabulary
+    assert translations == [vocabulary.decode(hypothesis.tokens) for hypothesis in best]
+
+    (tmp_path / "text.source").write_text(text, encoding="utf-8")
+    (tmp_path / "text.target").write_text("word3 word0\nword5\n", encoding="utf-8")
+    result = run(app, ["score", "--model", str(out), str(tmp_path / "text.source"), str(tmp_path / "text.target")])
+    assert result.exit_code == 0, result.output
+    with torch.no_grad():
+        expected = discrete_energy(model, SOURCE, TARGET)
+    assert [float(line) for line in result.stdout.splitlines()] == pytest.approx(expected.tolist(), abs=1e-4)

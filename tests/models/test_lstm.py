@@ -13,8 +13,7 @@ from engine_fast.data.vocabulary import DictionaryVocabulary
 from engine_fast.decoding import beam_search, greedy
 from engine_fast.energies import Relaxation, discrete_energy, inner_positions, relaxed_energy
 from engine_fast.errors import ConfigError, DataError
-from engine_fast.models import freeze, load_model, save_model, shift_right
-from engine_fast.models.lstm import Seq2Seq
+from engine_fast.models import Seq2Seq, freeze, load_model, save_model, shift_right
 
 from .recurrent_reference import luong
 

@@ -9,8 +9,8 @@ from engine_fast.data.symbols import EOS, MASK, PAD
 from engine_fast.data.vocabulary import DictionaryVocabulary
 from engine_fast.decoding import mask_predict
 from engine_fast.errors import CheckpointError, ConfigError, DataError
-from engine_fast.models import load_model, save_model
-from engine_fast.models.tagger import Tagger, stretch
+from engine_fast.models import Tagger, load_model, save_model
+from engine_fast.models.tagger import stretch
 
 from .recurrent_reference import bilstm
 

@@ -45,6 +45,21 @@ def _run(out: Path, **sections: dict[str, Any]) -> list[str]:
     return said
 
 
+def test_recurrent_networks_pass_through_every_stage(tmp_path: Path) -> None:
+    teacher = {"kind": "lstm", "embedding_width": 16, "encoder_width": 16, "decoder_width": 24, "max_positions": 32}
+    tagger = {"kind": "bilstm", "embedding_width": 16, "width": 16, "max_positions": 32}
+    out = tmp_path / "run"
+    _run(
+        out, teacher={"architecture": teacher}, cmlm={"architecture": tagger}, engine={"architecture": tagger},
+        evaluate={"oracle_lengths": False, "rerank": False},
+    )  # fmt: skip
+    assert (out / "report.html").is_file()
+    rows = json.loads((out / "results.json").read_text())["systems"]
+    labels = ["teacher-greedy", "teacher-beam", "cmlm.i1.k5", "cmlm.i1.k1", "engine.i1.k3", "engine.i1.k1"]
+    assert [row["label"] for row in rows] == labels  # more passes would change nothing
+    assert all(math.isfinite(row["energy"]) for row in rows)
+
+
 def test_results_have_the_agreed_shape(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     assert {"systems", "signature", "config", "versions"} <= results.keys()

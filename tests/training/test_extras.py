@@ -68,6 +68,21 @@ def test_the_objective_follows_the_schedule_with_o1_alone(student, teacher, head
     torch.testing.assert_close(objective(BATCH).total, expected.sum())
 
 
+def test_a_schedule_for_an_operator_without_temperature_is_told(student, teacher):
+    with pytest.warns(
+        UserWarning, match=r"engine.o1_temperature has no effect: engine.o1 = 'STL' reads no temperature"
+    ):
+        objective = objective_of(student, teacher, o1="STL", o1_temperature={})
+    totals = []
+    for done in (0.0, 1.0):
+        objective.prepare([BATCH], done=done)
+        student.zero_grad()
+        total = objective(BATCH).total
+        total.backward()
+        totals.append(torch.cat([total.detach()[None], *(p.grad.flatten() for p in student.parameters())]))
+    assert torch.equal(*totals)
+
+
 def test_dev_figures_do_not_follow_the_schedule(student, teacher):
     plain = objective_of(student, teacher).evaluate(BATCH)
     objective = objective_of(student, teacher, o1_temperature={})

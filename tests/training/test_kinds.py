@@ -27,10 +27,11 @@ LEARNING = {
 
 
 def config_of(teacher: str, student: str, **changed):
-    return make_config(
-        teacher__architecture=TEACHERS[teacher], cmlm__architecture=STUDENTS[student],
-        engine__architecture=STUDENTS[student], **LEARNING, **changed,
-    )  # fmt: skip
+    own = {
+        "teacher__architecture": TEACHERS[teacher], "cmlm__architecture": STUDENTS[student],
+        "engine__architecture": STUDENTS[student],
+    }  # fmt: skip
+    return make_config(**{**own, **LEARNING, **changed})
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,23 @@ def test_weights_are_shared_by_transformers_only(prepared, trained, tmp_path, te
         train_cmlm(
             config, prepared, prepared.split("train"), tmp_path / "x",
             valid_corpus=prepared.split("valid"), teacher_dir=trained(teacher),
+        )  # fmt: skip
+
+
+def test_input_feeding_is_not_sharded(prepared, trained, tmp_path):
+    feeding = {**LSTM, "input_feeding": True}
+    with pytest.raises(ConfigError, match=r"teacher.zero_stage = 3, expected less than 3 for an LSTM with input feed"):
+        train_teacher(
+            config_of("lstm", "cmlm", teacher__architecture=feeding, teacher__zero_stage=3), prepared, tmp_path / "x"
+        )
+    train_teacher(
+        config_of("lstm", "cmlm", teacher__architecture=feeding, teacher__max_updates=1), prepared, tmp_path / "teacher"
+    )
+    with pytest.raises(ConfigError, match=r"engine.teacher_placement = 'sharded', expected replicated for an LSTM"):
+        train_engine(
+            config_of("lstm", "tagger", engine__teacher_placement="sharded"), prepared, prepared.split("train"),
+            tmp_path / "engine", valid_corpus=prepared.split("valid"),
+            teacher_dir=tmp_path / "teacher", cmlm_dir=trained("tagger"),
         )  # fmt: skip
 
 

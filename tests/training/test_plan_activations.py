@@ -123,6 +123,7 @@ def test_the_cmlm_keeps_what_is_planned(changed, precision, checkpointing):
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:engine.head_memory")
 def test_engine_keeps_what_is_planned(settings, precision):
     config = EngineConfig(**settings, precision=precision)
     architecture, of_teacher = Architecture(**BASE), Architecture(**TEACHER)

@@ -43,7 +43,8 @@ def engine_tape(
     if config.ensemble:
         raise ConfigError(
             f"engine.ensemble has {len(config.ensemble)} members, expected none, because the memory plan does not read "
-            "their sizes. Plan without them and add, for each, its weights and as many activations as the teacher has."
+            "their sizes. Plan with --set engine.ensemble=[] and add, for each, its weights, and its decoder's "
+            "activations and logits, which are about the teacher's."
         )
     sizes, of_teacher = sizes_of(student, vocabulary, cmlm=True), sizes_of(teacher, vocabulary, cmlm=False)
     frozen = Numerics(
