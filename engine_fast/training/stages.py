@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from engine_fast import __version__, ops
-from engine_fast.config import AnyArchitecture, EngineConfig, RunConfig, TrainConfig
+from engine_fast.config import AnyArchitecture, RunConfig, TrainConfig
 from engine_fast.data.corpus import ParallelCorpus
 from engine_fast.data.prepared import Prepared
 from engine_fast.data.shards import MANIFEST
@@ -23,23 +22,32 @@ from engine_fast.decoding import generate, mask_predict
 from engine_fast.distributed import Engine, World, require_agreement, shard_frozen, start
 from engine_fast.distributed.presence import beat
 from engine_fast.energies import Energy, EnsembleEnergy, TeacherEnergy
-from engine_fast.errors import CheckpointError, VocabularyError, require
-from engine_fast.models import Student, Teacher, freeze, load_model, save_model
-from engine_fast.models.store import LoadedModel, copy_matching, new_network
+from engine_fast.errors import require
+from engine_fast.models import Student, Teacher, save_model
+from engine_fast.models.store import copy_matching
 from engine_fast.training.ensemble import member_directories
 from engine_fast.training.export import assemble
 from engine_fast.training.feeding import Feeder, Subset, fitting
 from engine_fast.training.interrupt import catching_signals
 from engine_fast.training.loop import StageName, Trainer
+from engine_fast.training.networks import (
+    fresh,
+    frozen,
+    hash_file,
+    hash_of_model,
+    is_changed,
+    load,
+    require_shardable,
+    student_of,
+)
 from engine_fast.training.objectives import CMLMObjective, EngineObjective, TeacherObjective
 from engine_fast.training.pretrained import install_teacher
 from engine_fast.training.reuse import Reuse
 from engine_fast.training.run_directory import RunDirectory
-from engine_fast.training.seeding import derive, seed_torch
+from engine_fast.training.seeding import derive
 from engine_fast.training.validation import BleuSet, Decode, Validator
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_DROPOUTS = {"dropout", "attention_dropout", "activation_dropout"}
 
 
 def train_teacher(config: RunConfig, prepared: Prepared, directory: Path) -> None:
@@ -52,11 +60,10 @@ def train_teacher(config: RunConfig, prepared: Prepared, directory: Path) -> Non
     if config.teacher.pretrained is not None:
         install_teacher(config, prepared, directory)
         return
-
     config = _seeded(config, config.teacher)
 
     def build(world: World) -> tuple[Teacher, Callable[[nn.Module], nn.Module]]:
-        model = cast(Teacher, _fresh("teacher", config, prepared))
+        model = cast(Teacher, fresh("teacher", config, prepared))
         model.right_to_left = config.teacher.right_to_left
         return model, lambda module: TeacherObjective(cast(Teacher, module), config.teacher)
 
@@ -85,13 +92,12 @@ def train_cmlm(
         "cmlm.from_teacher", True, "false when there is no teacher", "Give the teacher's directory.",
     )  # fmt: skip
     models = {"teacher": teacher_dir} if teacher_dir is not None and config.cmlm.from_teacher else {}
-
     config = _seeded(config, config.cmlm)
 
     def build(world: World) -> tuple[Student, Callable[[nn.Module], nn.Module]]:
-        model = cast(Student, _fresh("cmlm", config, prepared))
+        model = cast(Student, fresh("cmlm", config, prepared))
         if "teacher" in models:
-            teacher = _load(models["teacher"], "teacher", prepared).model
+            teacher = load(models["teacher"], "teacher", prepared).model
             kinds = teacher.architecture.kind, model.architecture.kind
             require(
                 kinds == ("transformer", "transformer"),
@@ -121,11 +127,10 @@ def train_engine(
     architecture; engine.architecture, if given, sets its dropout and must otherwise agree. reuse: what earlier calls
     in this process have left; without effect on a teacher that is sharded, compiled or keeps its dropout.
     """
-
     config = _seeded(config, config.engine)
 
     def build(world: World) -> tuple[Student, Callable[[nn.Module], nn.Module]]:
-        student = _student(cast(Student, _load(cmlm_dir, "student", prepared).model), config)
+        student = student_of(cast(Student, load(cmlm_dir, "student", prepared).model), config)
         precision = config.engine.teacher_precision or config.engine.precision
         require(
             precision != "fp16" or world.device.type == "cuda",
@@ -135,15 +140,15 @@ def train_engine(
             {precision, config.engine.precision} != {"bf16", "fp16"},
             "engine.teacher_precision", precision, f"{config.engine.precision}, the student's, or fp32",
         )  # fmt: skip
-        kept = None if _is_changed(config.engine) else reuse
-        origin = (precision, config.engine.teacher_checkpointing, *(_hash_of_model(models[name]) for name in names))
+        kept = None if is_changed(config.engine) else reuse
+        origin = (precision, config.engine.teacher_checkpointing, *(hash_of_model(models[name]) for name in names))
         teachers = []
         for name in names:
-            load = partial(_frozen, models[name], config.engine, _DTYPES[precision], prepared)
-            teachers.append(load() if kept is None else kept.teacher((name, *origin), load))
+            loading = partial(frozen, models[name], config.engine, _DTYPES[precision], prepared)
+            teachers.append(loading() if kept is None else kept.teacher((name, *origin), loading))
         within = None
         if config.engine.teacher_placement == "sharded":
-            _require_shardable(teachers[0], "engine.teacher_placement", "sharded", "replicated")
+            require_shardable(teachers[0], "engine.teacher_placement", "sharded", "replicated")
             within = shard_frozen(teachers[0], device=world.device, extra=config.deepspeed)
             teachers[0].train(config.engine.teacher_dropout)  # DeepSpeed has put it in training mode
         else:
@@ -198,7 +203,7 @@ class _Job:
             beat(f"{self.stage}: building the model")
             model, objective_of = self.build(world)
             if self.settings.effective_zero_stage == 3:
-                _require_shardable(model, f"{self.stage}.zero_stage", 3, "less than 3")
+                require_shardable(model, f"{self.stage}.zero_stage", 3, "less than 3")
             model.activation_checkpointing = self.settings.activation_checkpointing
             limits = model.architecture
             corpus, num_dropped = self._fitting(self.corpora[0], "training corpus", limits)
@@ -244,11 +249,11 @@ class _Job:
         inputs = {
             "source vocabulary": self.prepared.source_vocabulary.fingerprint,
             "target vocabulary": self.prepared.target_vocabulary.fingerprint,
-            "training corpus": _hash_file(self.corpora[0].directory / MANIFEST),
-            "dev set": _hash_file(self.corpora[1].directory / MANIFEST),
+            "training corpus": hash_file(self.corpora[0].directory / MANIFEST),
+            "dev set": hash_file(self.corpora[1].directory / MANIFEST),
         }
         for name, path in self.models.items():
-            inputs[f"{name} model"] = _hash_of_model(path)
+            inputs[f"{name} model"] = hash_of_model(path)
         return inputs
 
     def _facts(self, inputs: dict[str, str]) -> dict[str, str]:
@@ -316,83 +321,5 @@ def _seeded(config: RunConfig, settings: TrainConfig) -> RunConfig:
     return config if settings.seed is None else config.model_copy(update={"seed": settings.seed})
 
 
-def _fresh(stage: StageName, config: RunConfig, prepared: Prepared) -> Teacher | Student:
-    seed_torch(config.seed, stage, "init")
-    role: Literal["teacher", "student"] = "teacher" if stage == "teacher" else "student"
-    sizes = len(prepared.source_vocabulary), len(prepared.target_vocabulary)
-    return new_network(role, getattr(config, stage).architecture, *sizes)
-
-
-def _frozen(path: Path, config: EngineConfig, dtype: torch.dtype, prepared: Prepared) -> Teacher:
-    teacher = cast(Teacher, _load(path, "teacher", prepared).model)
-    teacher.activation_checkpointing = config.teacher_checkpointing
-    return freeze(teacher, dtype=dtype, dropout=config.teacher_dropout)
-
-
-def _require_shardable(model: Teacher | Student, key: str, got: object, wanted: str) -> None:
-    require(
-        model.shardable,
-        key, got, f"{wanted} for an LSTM with input feeding",
-        "It gathers weights at every position, and ranks have sentences of other lengths. Or set input_feeding: false.",
-    )  # fmt: skip
-
-
 def _one_pass(model: nn.Module, source_BS: Tensor) -> list[list[int]]:
     return [hypothesis.tokens for hypothesis in mask_predict(cast(Student, model), source_BS)]
-
-
-def _model_directory(path: Path) -> Path:
-    return path / "model" if (path / "model" / "config.json").is_file() else path
-
-
-def _load(path: Path, kind: str, prepared: Prepared) -> LoadedModel:
-    """A model of `kind` whose vocabularies are the corpus's. Raises CheckpointError, VocabularyError."""
-    directory = _model_directory(path)
-    loaded = load_model(directory, kind=kind, dtype=torch.float32)
-    for side, own, wanted in (
-        ("source", loaded.source_vocabulary, prepared.source_vocabulary),
-        ("target", loaded.target_vocabulary, prepared.target_vocabulary),
-    ):
-        if own.fingerprint != wanted.fingerprint:
-            raise VocabularyError(
-                f"{directory}: its {side} vocabulary is {own.fingerprint[:12]}, the corpus was prepared with "
-                f"{wanted.fingerprint[:12]}. Use a model and data of one run."
-            )
-    return loaded
-
-
-def _student(baseline: Student, config: RunConfig) -> Student:
-    """The baseline with engine.architecture's dropout."""
-    architecture = baseline.architecture
-    if "architecture" in config.engine.model_fields_set:
-        asked = config.engine.architecture
-        for name in ("kind", *sorted(asked.model_fields_set - _DROPOUTS)):
-            require(
-                getattr(asked, name) == getattr(architecture, name),
-                f"engine.architecture.{name}", getattr(asked, name), f"the CMLM's, {getattr(architecture, name)!r}",
-                "The student starts from the CMLM; only its dropout can differ.",
-            )  # fmt: skip
-        given = asked.model_fields_set & _DROPOUTS
-        architecture = architecture.model_copy(update={name: getattr(asked, name) for name in given})
-    student = cast(Student, new_network("student", architecture, baseline.source_size, baseline.target_size))
-    student.load_state_dict(baseline.state_dict())
-    return student
-
-
-def _is_changed(config: EngineConfig) -> bool:
-    """Whether a loaded teacher does not stay as it was loaded."""
-    return config.teacher_placement == "sharded" or config.teacher_compile or config.teacher_dropout
-
-
-def _hash_of_model(path: Path) -> str:
-    return _hash_file(_model_directory(path) / "model.safetensors")
-
-
-def _hash_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}). Give a directory that holds a model."
-        ) from error

@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 
-from engine_fast.config import RunConfig
+from engine_fast.config import RunConfig, load_config
+from engine_fast.config.sweep import trials_of
 from engine_fast.errors import CheckpointError, ConfigError, DivergenceError, SweepError
 from engine_fast.recipes import stages
 from engine_fast.recipes.run import run
+from engine_fast.recipes.sweep import trial_config
+from engine_fast.recipes.tables import check_table
 from tests.distributed.torchrun import torchrun
 from tests.recipes.micro import micro_config
 
@@ -261,6 +264,20 @@ def test_mistakes_are_told_before_anything_runs(
     with pytest.raises(ConfigError, match=told):
         go(config, tmp_path / "run")
     assert not (tmp_path / "run" / "prepare").exists()
+
+
+@pytest.mark.parametrize("base", [None, *sorted(Path("configs").glob("*.yaml"))], ids=lambda path: path and path.stem)
+@pytest.mark.parametrize("path", sorted(Path("configs/tables").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_table_goes_with_every_corpus(path: Path, base: Path | None) -> None:
+    config = load_config(path, base=base)
+    check_table(config)
+    assert config.name == ("demo" if base is None else base.stem)
+    assert str(config.table) == path.stem.split("_")[0]
+    trials = [] if config.sweep is None else trials_of(config.sweep)
+    assert len(trials) == {"table2": 25, "table5": 3}.get(str(config.table), 0)
+    for each in [config, *(trial_config(config, trial) for trial in trials)]:
+        student, baseline = each.engine.architecture, each.cmlm.architecture
+        assert student.model_copy(update={"dropout": 0.0}) == baseline.model_copy(update={"dropout": 0.0})
 
 
 def test_a_student_that_nobody_measures_is_not_trained(tmp_path: Path) -> None:
