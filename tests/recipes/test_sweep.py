@@ -267,14 +267,14 @@ def test_mistakes_are_told_before_anything_runs(
 
 
 @pytest.mark.parametrize("base", [None, *sorted(Path("configs").glob("*.yaml"))], ids=lambda path: path and path.stem)
-@pytest.mark.parametrize("path", sorted(Path("configs/tables").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_table_goes_with_every_corpus(path: Path, base: Path | None) -> None:
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("[st]*/*.yaml")), ids=lambda path: path.stem)
+def test_every_table_and_sweep_goes_with_every_corpus(path: Path, base: Path | None) -> None:
     config = load_config(path, base=base)
     check_table(config)
     assert config.name == ("demo" if base is None else base.stem)
-    assert str(config.table) == path.stem.split("_")[0]
+    assert config.table == (path.stem.split("_")[0] if path.parent.name == "tables" else None)
     trials = [] if config.sweep is None else trials_of(config.sweep)
-    assert len(trials) == {"table2": 25, "table5": 3}.get(str(config.table), 0)
+    assert len(trials) == {"table2": 25, "table5": 3, None: 18}.get(config.table, 0)
     for each in [config, *(trial_config(config, trial) for trial in trials)]:
         student, baseline = each.engine.architecture, each.cmlm.architecture
         assert student.model_copy(update={"dropout": 0.0}) == baseline.model_copy(update={"dropout": 0.0})
