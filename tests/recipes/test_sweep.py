@@ -60,6 +60,15 @@ def copied(swept: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(swept, tmp_path / "run"))
 
 
+@pytest.fixture
+def begun(copied: Path) -> Path:
+    """What the trials share, and no trial."""
+    for name in ("trials", "table2"):
+        shutil.rmtree(copied / name)
+    (copied / "results.json").unlink()
+    return copied
+
+
 def test_what_trials_share_is_done_once(swept: Path) -> None:
     assert {path.name for path in swept.iterdir() if path.is_dir()} == {
         "prepare", "teacher", "distill", "cmlm", "trials", "table2"
@@ -102,7 +111,7 @@ def test_a_longer_sweep_runs_what_is_new(copied: Path) -> None:
     assert json.loads((copied / "results.json").read_text())["num_seeds"] == 3
 
 
-def test_a_failed_trial_is_named_and_tried_again(swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_trial_is_named_and_tried_again(swept: Path, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = stages.train_engine
 
     def failing(config: RunConfig, *arguments: Any, **options: Any) -> None:
@@ -114,18 +123,18 @@ def test_a_failed_trial_is_named_and_tried_again(swept: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(stages, "train_engine", failing)
     with pytest.raises(SweepError) as told:
-        go(pairs(), tmp_path)
+        go(pairs(), begun)
     assert "2 of 4 trials are not done: o1=ST,o2=ST,seed=1 (engine: a loss is not finite); o1=ST" in str(told.value)
     assert "ZeroDivisionError: a mistake of ours" in str(told.value)
-    assert not (tmp_path / "results.json").exists()
+    assert not (begun / "results.json").exists()
     monkeypatch.undo()
-    said = go(pairs(), tmp_path)
+    said = go(pairs(), begun)
     assert "sweep: 4 trials, 2 of them done before" in said
     assert "o1=ST,o2=ST,seed=1: engine: was interrupted, continuing" in said
-    assert rows_of(tmp_path) == rows_of(swept)
+    assert rows_of(begun) == rows_of(swept)
 
 
-def test_an_interrupted_trial_continues(swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_trial_continues(swept: Path, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from engine_fast.training import metrics
 
     write = metrics.MetricsLog.write
@@ -137,20 +146,21 @@ def test_an_interrupted_trial_continues(swept: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(metrics.MetricsLog, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        go(pairs(), tmp_path)
+        go(pairs(), begun)
     monkeypatch.undo()
-    said = go(pairs(), tmp_path)
+    said = go(pairs(), begun)
     assert f"{LABELS[1]}: engine: was interrupted, continuing" in said
-    assert rows_of(tmp_path) == rows_of(swept)
+    assert rows_of(begun) == rows_of(swept)
 
 
-def test_two_processes_find_what_one_does(swept: Path, tmp_path: Path) -> None:
-    said = go(pairs(processes=2), tmp_path)
+def test_two_processes_find_what_one_does(swept: Path, begun: Path) -> None:
+    said = go(pairs(processes=2), begun)
     assert {line.split(":")[0] for line in said if line.startswith("o1=")} == set(LABELS)
-    assert rows_of(tmp_path) == rows_of(swept)
-    assert len(list((tmp_path / "trials").glob("worker-*.log"))) == 2
+    assert rows_of(begun) == rows_of(swept)
+    assert len(list((begun / "trials").glob("worker-*.log"))) == 2
 
 
+@pytest.mark.slow
 def test_workers_tell_what_failed(copied: Path) -> None:
     shutil.rmtree(copied / "trials" / LABELS[0])
     shutil.rmtree(copied / "trials" / LABELS[1])
@@ -164,19 +174,18 @@ def test_workers_tell_what_failed(copied: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupt_reaches_the_workers_and_they_save(copied: Path, tmp_path: Path) -> None:
+def test_an_interrupt_reaches_the_workers_and_they_save(begun: Path, tmp_path: Path) -> None:
     from engine_fast.config import dump_config
 
-    shutil.rmtree(copied / "trials")
     config = micro_config(
         sweep={"grid": PAIRS, "processes": 2}, evaluate=ONE_PASS,
         engine={"max_updates": 3000, "checkpoint_every": 3000, "validate_every": 3000},
     )  # fmt: skip
     (tmp_path / "config.yaml").write_text(dump_config(config.model_copy(update={"table": "table2"})))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
-    command = [sys.executable, "-m", "engine_fast.cli.main", "run", str(tmp_path / "config.yaml"), "--out", str(copied)]
+    command = [sys.executable, "-m", "engine_fast.cli.main", "run", str(tmp_path / "config.yaml"), "--out", str(begun)]
     run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    metrics = [copied / "trials" / label / "engine" / "metrics.jsonl" for label in LABELS[:2]]
+    metrics = [begun / "trials" / label / "engine" / "metrics.jsonl" for label in LABELS[:2]]
     deadline = time.monotonic() + 240
     while not all(path.is_file() and path.stat().st_size for path in metrics):
         assert time.monotonic() < deadline, "the trials did not begin"
