@@ -50,7 +50,7 @@ class SweepConfig(Section):
     trials: list[ListedTrial] = []
     """Further ones by name; each is combined with the grid."""
     processes: NonNegativeInt = 1
-    """Trials at a time on this host; 0 = one per core. Under a launcher: one on each rank, whatever stands here."""
+    """Trials at a time, each in a process; 0 = one per core, or one on a GPU. Under a launcher: one on each rank."""
 
     @field_validator("grid", mode="before")
     @classmethod

@@ -45,7 +45,7 @@ def _table2(table: PaperTable) -> Figure:
         (("this run", ours, first, second), ("the paper, IWSLT14 DE-EN", theirs, OPERATORS, OPERATORS))
     ):
         for place, (key, name, form, colors) in enumerate(
-            (("energy", "energy, nats", ".1f", "viridis_r"), ("bleu", "BLEU", ".1f", "viridis"))
+            (("energy", "energy, nats", ".3g", "viridis_r"), ("bleu", "BLEU", ".1f", "viridis"))
         ):
             axis = figure.add_subplot(2, 2, 2 * line + place + 1)
             values = np.array([[_mean(cells.get((o1, o2)), key) for o2 in columns] for o1 in rows])
@@ -89,7 +89,7 @@ def _table4(table: PaperTable) -> Figure:
         axis = figure.add_subplot(1, len(panels), number + 1)
         names = [name for name, _ in bars][::-1]
         values = [value for _, value in bars][::-1]
-        _bars(axis, names, values, form=".1f")
+        _bars(axis, names, values, form=".2f")
         axis.set_xlabel("BLEU")
         axis.set_title(title, fontsize=9)
     return figure

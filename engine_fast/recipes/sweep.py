@@ -18,7 +18,7 @@ from pathlib import Path
 from engine_fast.config import RunConfig, parse_config
 from engine_fast.config.load import put
 from engine_fast.config.sweep import Trial, trials_of
-from engine_fast.data.atomic import try_only_one
+from engine_fast.data.atomic import is_held, try_only_one
 from engine_fast.distributed import World
 from engine_fast.distributed.presence import beat, patient
 from engine_fast.errors import EngineFastError, SweepError
@@ -31,6 +31,7 @@ from engine_fast.training import Reuse
 FAILURE = "failure.json"
 """In a trial's directory: why it failed, in the sweep that goes on."""
 _LAST = "evaluate"
+_QUIET_SECONDS = 10.0
 _NAMED = 3
 """Trials whose failure is told in full."""
 
@@ -153,6 +154,18 @@ def work(graphs: Sequence[TrialGraph], *, world: World, say: Say) -> None:
                 time.sleep(0.5)
 
 
+def await_others(graphs: Sequence[TrialGraph]) -> None:
+    """Until every trial is done or has failed, or nobody has been seen at work on the rest for a while."""
+    seen = time.monotonic()
+    with patient("waiting for the trials of other ranks"):
+        while left := [graph for graph in graphs if not _is_over(graph)]:
+            if any(is_held(graph.directory) for graph in left):
+                seen = time.monotonic()
+            elif time.monotonic() - seen > _QUIET_SECONDS:
+                return
+            time.sleep(1.0)
+
+
 def forget_failures(graphs: Sequence[TrialGraph]) -> None:
     """So that every trial is tried again."""
     for graph in graphs:
@@ -171,6 +184,10 @@ def require_all(graphs: Sequence[TrialGraph], out: Path) -> dict[str, str]:
             "kept. Mend the cause or take these out of `sweep`; the same command then goes on with what is missing."
         )
     return {label: found for label, found in hashes.items() if found is not None}
+
+
+def _is_over(graph: TrialGraph) -> bool:
+    return (graph.directory / FAILURE).exists() or graph.outputs_hash() is not None
 
 
 def _attempt(graph: TrialGraph, world: World, say: Say) -> bool:

@@ -22,7 +22,7 @@ from engine_fast.config import RunConfig, parse_config
 from engine_fast.distributed import World, start
 from engine_fast.distributed.presence import patient
 from engine_fast.recipes.execute import Say, run_graph
-from engine_fast.recipes.sweep import Sweep, TrialGraph, forget_failures, require_all, work
+from engine_fast.recipes.sweep import Sweep, TrialGraph, await_others, forget_failures, require_all, work
 from engine_fast.recipes.tables import sweep_stage
 
 _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -46,6 +46,8 @@ def run_sweep(config: RunConfig, out: Path, *, world: World, say: Say) -> None:
         else:
             with world.together():
                 run_workers(config, out, processes, world=world, say=say)
+                if world.size > 1:  # on the file system: a collective would time out, should a worker have ended early
+                    await_others(graphs)
     done = world.on_main(partial(require_all, graphs, out))
     table = sweep_stage(config, out, [(graph.trial, graph.result) for graph in graphs])
     run_graph([table], out, world=world, say=say, known=done)
@@ -95,7 +97,8 @@ def _processes(config: RunConfig, left: int, world: World) -> int:
     assert config.sweep is not None
     if world.size > 1:
         return 1
-    return min(config.sweep.processes or len(os.sched_getaffinity(0)), left)
+    by_default = 1 if world.device.type == "cuda" else len(os.sched_getaffinity(0))
+    return min(config.sweep.processes or by_default, left)
 
 
 def _environment(config: RunConfig, count: int, world: World) -> Mapping[str, str]:

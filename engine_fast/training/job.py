@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ from engine_fast.data.prepared import Prepared
 from engine_fast.data.shards import MANIFEST
 from engine_fast.distributed import Engine, World, require_agreement, start
 from engine_fast.distributed.presence import beat
-from engine_fast.errors import CheckpointError, require
+from engine_fast.errors import require
 from engine_fast.models import Student, Teacher, save_model
 from engine_fast.training.export import assemble
 from engine_fast.training.feeding import Feeder, Subset, fitting
 from engine_fast.training.interrupt import catching_signals
 from engine_fast.training.loop import StageName, Trainer
+from engine_fast.training.networks import hash_file, hash_of_model, require_shardable
 from engine_fast.training.run_directory import RunDirectory
 from engine_fast.training.seeding import derive
 from engine_fast.training.validation import BleuSet, Decode, Validator
@@ -105,8 +105,8 @@ class Job:
         inputs = {
             "source vocabulary": self.prepared.source_vocabulary.fingerprint,
             "target vocabulary": self.prepared.target_vocabulary.fingerprint,
-            "training corpus": _hash_file(self.corpora[0].directory / MANIFEST),
-            "dev set": _hash_file(self.corpora[1].directory / MANIFEST),
+            "training corpus": hash_file(self.corpora[0].directory / MANIFEST),
+            "dev set": hash_file(self.corpora[1].directory / MANIFEST),
         }
         for name, path in self.models.items():
             inputs[f"{name} model"] = hash_of_model(path)
@@ -170,32 +170,3 @@ class Job:
         }
         save_model(directory / "model", model, *vocabularies, card=card)
         place.finish(updates=progress.update, best_update=progress.best_update, seconds=progress.seconds)
-
-
-def require_shardable(model: Teacher | Student, key: str, got: object, wanted: str) -> None:
-    """Raises ConfigError for a network whose weights cannot lie in shards, with the setting that asks for it."""
-    require(
-        model.shardable,
-        key, got, f"{wanted} for an LSTM with input feeding",
-        "It gathers weights at every position, and ranks have sentences of other lengths. Or set input_feeding: false.",
-    )  # fmt: skip
-
-
-def model_directory(path: Path) -> Path:
-    """`path`, or the model directory in it if it is a stage's."""
-    return path / "model" if (path / "model" / "config.json").is_file() else path
-
-
-def hash_of_model(path: Path) -> str:
-    """sha256 of a model's weights. Raises CheckpointError if there are none."""
-    return _hash_file(model_directory(path) / "model.safetensors")
-
-
-def _hash_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}). Give a directory that holds a model."
-        ) from error

@@ -51,7 +51,7 @@ class Reuse:
 
 
 def num_bytes(memory: Any) -> int:
-    """Of all tensors in a dataclass, a list, a tuple or a mapping, at any depth."""
+    """Of all tensors in an object, a list, a tuple or a mapping, at any depth."""
     if isinstance(memory, Tensor):
         return memory.nbytes
     if isinstance(memory, list | tuple):
@@ -60,4 +60,4 @@ def num_bytes(memory: Any) -> int:
         return sum(map(num_bytes, memory.values()))
     if is_dataclass(memory):
         return sum(num_bytes(getattr(memory, field.name)) for field in fields(memory))
-    return 0
+    return sum(map(num_bytes, vars(memory).values())) if hasattr(memory, "__dict__") else 0

@@ -5,30 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from engine_fast.config import EngineConfig, RunConfig, TrainConfig
+from engine_fast.config import RunConfig, TrainConfig
 from engine_fast.data.corpus import ParallelCorpus
 from engine_fast.data.prepared import Prepared
 from engine_fast.decoding import generate, mask_predict
 from engine_fast.distributed import World, shard_frozen
 from engine_fast.energies import Energy, EnsembleEnergy, TeacherEnergy
-from engine_fast.errors import VocabularyError, require
-from engine_fast.models import Student, Teacher, freeze, load_model
-from engine_fast.models.store import LoadedModel, copy_matching, new_network
+from engine_fast.errors import require
+from engine_fast.models import Student, Teacher
+from engine_fast.models.store import copy_matching
 from engine_fast.training.ensemble import member_directories
-from engine_fast.training.job import Job, hash_of_model, model_directory, require_shardable
-from engine_fast.training.loop import StageName
+from engine_fast.training.job import Job
+from engine_fast.training.networks import (
+    fresh,
+    frozen,
+    hash_of_model,
+    is_changed,
+    load,
+    require_shardable,
+    student_of,
+)
 from engine_fast.training.objectives import CMLMObjective, EngineObjective, TeacherObjective
 from engine_fast.training.pretrained import install_teacher
 from engine_fast.training.reuse import Reuse
-from engine_fast.training.seeding import seed_torch
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_DROPOUTS = {"dropout", "attention_dropout", "activation_dropout"}
 
 
 def train_teacher(config: RunConfig, prepared: Prepared, directory: Path) -> None:
@@ -41,11 +47,10 @@ def train_teacher(config: RunConfig, prepared: Prepared, directory: Path) -> Non
     if config.teacher.pretrained is not None:
         install_teacher(config, prepared, directory)
         return
-
     config = _seeded(config, config.teacher)
 
     def build(world: World) -> tuple[Teacher, Callable[[nn.Module], nn.Module]]:
-        model = cast(Teacher, _fresh("teacher", config, prepared))
+        model = cast(Teacher, fresh("teacher", config, prepared))
         model.right_to_left = config.teacher.right_to_left
         return model, lambda module: TeacherObjective(cast(Teacher, module), config.teacher)
 
@@ -74,13 +79,12 @@ def train_cmlm(
         "cmlm.from_teacher", True, "false when there is no teacher", "Give the teacher's directory.",
     )  # fmt: skip
     models = {"teacher": teacher_dir} if teacher_dir is not None and config.cmlm.from_teacher else {}
-
     config = _seeded(config, config.cmlm)
 
     def build(world: World) -> tuple[Student, Callable[[nn.Module], nn.Module]]:
-        model = cast(Student, _fresh("cmlm", config, prepared))
+        model = cast(Student, fresh("cmlm", config, prepared))
         if "teacher" in models:
-            teacher = _load(models["teacher"], "teacher", prepared).model
+            teacher = load(models["teacher"], "teacher", prepared).model
             kinds = teacher.architecture.kind, model.architecture.kind
             require(
                 kinds == ("transformer", "transformer"),
@@ -110,11 +114,10 @@ def train_engine(
     architecture; engine.architecture, if given, sets its dropout and must otherwise agree. reuse: what earlier calls
     in this process have left; without effect on a teacher that is sharded, compiled or keeps its dropout.
     """
-
     config = _seeded(config, config.engine)
 
     def build(world: World) -> tuple[Student, Callable[[nn.Module], nn.Module]]:
-        student = _student(cast(Student, _load(cmlm_dir, "student", prepared).model), config)
+        student = student_of(cast(Student, load(cmlm_dir, "student", prepared).model), config)
         precision = config.engine.teacher_precision or config.engine.precision
         require(
             precision != "fp16" or world.device.type == "cuda",
@@ -124,12 +127,12 @@ def train_engine(
             {precision, config.engine.precision} != {"bf16", "fp16"},
             "engine.teacher_precision", precision, f"{config.engine.precision}, the student's, or fp32",
         )  # fmt: skip
-        kept = None if _is_changed(config.engine) else reuse
+        kept = None if is_changed(config.engine) else reuse
         origin = (precision, config.engine.teacher_checkpointing, *(hash_of_model(models[name]) for name in names))
         teachers = []
         for name in names:
-            load = partial(_frozen, models[name], config.engine, _DTYPES[precision], prepared)
-            teachers.append(load() if kept is None else kept.teacher((name, *origin), load))
+            loading = partial(frozen, models[name], config.engine, _DTYPES[precision], prepared)
+            teachers.append(loading() if kept is None else kept.teacher((name, *origin), loading))
         within = None
         if config.engine.teacher_placement == "sharded":
             require_shardable(teachers[0], "engine.teacher_placement", "sharded", "replicated")
@@ -165,57 +168,5 @@ def _seeded(config: RunConfig, settings: TrainConfig) -> RunConfig:
     return config if settings.seed is None else config.model_copy(update={"seed": settings.seed})
 
 
-def _fresh(stage: StageName, config: RunConfig, prepared: Prepared) -> Teacher | Student:
-    seed_torch(config.seed, stage, "init")
-    role: Literal["teacher", "student"] = "teacher" if stage == "teacher" else "student"
-    sizes = len(prepared.source_vocabulary), len(prepared.target_vocabulary)
-    return new_network(role, getattr(config, stage).architecture, *sizes)
-
-
-def _frozen(path: Path, config: EngineConfig, dtype: torch.dtype, prepared: Prepared) -> Teacher:
-    teacher = cast(Teacher, _load(path, "teacher", prepared).model)
-    teacher.activation_checkpointing = config.teacher_checkpointing
-    return freeze(teacher, dtype=dtype, dropout=config.teacher_dropout)
-
-
 def _one_pass(model: nn.Module, source_BS: Tensor) -> list[list[int]]:
     return [hypothesis.tokens for hypothesis in mask_predict(cast(Student, model), source_BS)]
-
-
-def _load(path: Path, kind: str, prepared: Prepared) -> LoadedModel:
-    """A model of `kind` whose vocabularies are the corpus's. Raises CheckpointError, VocabularyError."""
-    directory = model_directory(path)
-    loaded = load_model(directory, kind=kind, dtype=torch.float32)
-    for side, own, wanted in (
-        ("source", loaded.source_vocabulary, prepared.source_vocabulary),
-        ("target", loaded.target_vocabulary, prepared.target_vocabulary),
-    ):
-        if own.fingerprint != wanted.fingerprint:
-            raise VocabularyError(
-                f"{directory}: its {side} vocabulary is {own.fingerprint[:12]}, the corpus was prepared with "
-                f"{wanted.fingerprint[:12]}. Use a model and data of one run."
-            )
-    return loaded
-
-
-def _student(baseline: Student, config: RunConfig) -> Student:
-    """The baseline with engine.architecture's dropout."""
-    architecture = baseline.architecture
-    if "architecture" in config.engine.model_fields_set:
-        asked = config.engine.architecture
-        for name in ("kind", *sorted(asked.model_fields_set - _DROPOUTS)):
-            require(
-                getattr(asked, name) == getattr(architecture, name),
-                f"engine.architecture.{name}", getattr(asked, name), f"the CMLM's, {getattr(architecture, name)!r}",
-                "The student starts from the CMLM; only its dropout can differ.",
-            )  # fmt: skip
-        given = asked.model_fields_set & _DROPOUTS
-        architecture = architecture.model_copy(update={name: getattr(asked, name) for name in given})
-    student = cast(Student, new_network("student", architecture, baseline.source_size, baseline.target_size))
-    student.load_state_dict(baseline.state_dict())
-    return student
-
-
-def _is_changed(config: EngineConfig) -> bool:
-    """Whether a loaded teacher does not stay as it was loaded."""
-    return config.teacher_placement == "sharded" or config.teacher_compile or config.teacher_dropout

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine_fast.config import RunConfig
+from engine_fast.config import RunConfig, load_config
+from engine_fast.config.sweep import trials_of
 from engine_fast.errors import CheckpointError, ConfigError, DivergenceError, SweepError
 from engine_fast.recipes import stages
 from engine_fast.recipes.run import run
+from engine_fast.recipes.sweep import trial_config
+from engine_fast.recipes.tables import check_table
 from tests.distributed.torchrun import torchrun
 from tests.recipes.micro import micro_config
 
@@ -50,6 +58,15 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copied(swept: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(swept, tmp_path / "run"))
+
+
+@pytest.fixture
+def begun(copied: Path) -> Path:
+    """What the trials share, and no trial."""
+    for name in ("trials", "table2"):
+        shutil.rmtree(copied / name)
+    (copied / "results.json").unlink()
+    return copied
 
 
 def test_what_trials_share_is_done_once(swept: Path) -> None:
@@ -94,7 +111,7 @@ def test_a_longer_sweep_runs_what_is_new(copied: Path) -> None:
     assert json.loads((copied / "results.json").read_text())["num_seeds"] == 3
 
 
-def test_a_failed_trial_is_named_and_tried_again(swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_trial_is_named_and_tried_again(swept: Path, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = stages.train_engine
 
     def failing(config: RunConfig, *arguments: Any, **options: Any) -> None:
@@ -106,18 +123,18 @@ def test_a_failed_trial_is_named_and_tried_again(swept: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(stages, "train_engine", failing)
     with pytest.raises(SweepError) as told:
-        go(pairs(), tmp_path)
+        go(pairs(), begun)
     assert "2 of 4 trials are not done: o1=ST,o2=ST,seed=1 (engine: a loss is not finite); o1=ST" in str(told.value)
     assert "ZeroDivisionError: a mistake of ours" in str(told.value)
-    assert not (tmp_path / "results.json").exists()
+    assert not (begun / "results.json").exists()
     monkeypatch.undo()
-    said = go(pairs(), tmp_path)
+    said = go(pairs(), begun)
     assert "sweep: 4 trials, 2 of them done before" in said
     assert "o1=ST,o2=ST,seed=1: engine: was interrupted, continuing" in said
-    assert rows_of(tmp_path) == rows_of(swept)
+    assert rows_of(begun) == rows_of(swept)
 
 
-def test_an_interrupted_trial_continues(swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_trial_continues(swept: Path, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from engine_fast.training import metrics
 
     write = metrics.MetricsLog.write
@@ -129,20 +146,21 @@ def test_an_interrupted_trial_continues(swept: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(metrics.MetricsLog, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        go(pairs(), tmp_path)
+        go(pairs(), begun)
     monkeypatch.undo()
-    said = go(pairs(), tmp_path)
+    said = go(pairs(), begun)
     assert f"{LABELS[1]}: engine: was interrupted, continuing" in said
-    assert rows_of(tmp_path) == rows_of(swept)
+    assert rows_of(begun) == rows_of(swept)
 
 
-def test_two_processes_find_what_one_does(swept: Path, tmp_path: Path) -> None:
-    said = go(pairs(processes=2), tmp_path)
+def test_two_processes_find_what_one_does(swept: Path, begun: Path) -> None:
+    said = go(pairs(processes=2), begun)
     assert {line.split(":")[0] for line in said if line.startswith("o1=")} == set(LABELS)
-    assert rows_of(tmp_path) == rows_of(swept)
-    assert len(list((tmp_path / "trials").glob("worker-*.log"))) == 2
+    assert rows_of(begun) == rows_of(swept)
+    assert len(list((begun / "trials").glob("worker-*.log"))) == 2
 
 
+@pytest.mark.slow
 def test_workers_tell_what_failed(copied: Path) -> None:
     shutil.rmtree(copied / "trials" / LABELS[0])
     shutil.rmtree(copied / "trials" / LABELS[1])
@@ -153,6 +171,32 @@ def test_workers_tell_what_failed(copied: Path) -> None:
     (copied / "cmlm" / "stage.json").write_text(json.dumps(record))
     with pytest.raises(SweepError, match=r"2 of 4 trials are not done: o1=SX,o2=ST,seed=1 \(.*model"):
         go(pairs(processes=2), copied)
+
+
+@pytest.mark.slow
+def test_an_interrupt_reaches_the_workers_and_they_save(begun: Path, tmp_path: Path) -> None:
+    from engine_fast.config import dump_config
+
+    config = micro_config(
+        sweep={"grid": PAIRS, "processes": 2}, evaluate=ONE_PASS,
+        engine={"max_updates": 3000, "checkpoint_every": 3000, "validate_every": 3000},
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(dump_config(config.model_copy(update={"table": "table2"})))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+    command = [sys.executable, "-m", "engine_fast.cli.main", "run", str(tmp_path / "config.yaml"), "--out", str(begun)]
+    run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    metrics = [begun / "trials" / label / "engine" / "metrics.jsonl" for label in LABELS[:2]]
+    deadline = time.monotonic() + 240
+    while not all(path.is_file() and path.stat().st_size for path in metrics):
+        assert time.monotonic() < deadline, "the trials did not begin"
+        assert run.poll() is None, "the sweep ended"
+        time.sleep(0.5)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: the workers are not of this group
+    _, told = run.communicate(timeout=120)
+    assert run.returncode == 130, told[-3000:]
+    for path in metrics:
+        assert list((path.parent / "checkpoints").glob("update-*")), "a worker saved nothing"
+        assert not (path.parent / "stage.json").exists()
 
 
 @pytest.mark.slow
@@ -229,6 +273,20 @@ def test_mistakes_are_told_before_anything_runs(
     with pytest.raises(ConfigError, match=told):
         go(config, tmp_path / "run")
     assert not (tmp_path / "run" / "prepare").exists()
+
+
+@pytest.mark.parametrize("base", [None, *sorted(Path("configs").glob("*.yaml"))], ids=lambda path: path and path.stem)
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("[st]*/*.yaml")), ids=lambda path: path.stem)
+def test_every_table_and_sweep_goes_with_every_corpus(path: Path, base: Path | None) -> None:
+    config = load_config(path, base=base)
+    check_table(config)
+    assert config.name == ("demo" if base is None else base.stem)
+    assert config.table == (path.stem.split("_")[0] if path.parent.name == "tables" else None)
+    trials = [] if config.sweep is None else trials_of(config.sweep)
+    assert len(trials) == {"table2": 25, "table5": 3, None: 18}.get(config.table, 0)
+    for each in [config, *(trial_config(config, trial) for trial in trials)]:
+        student, baseline = each.engine.architecture, each.cmlm.architecture
+        assert student.model_copy(update={"dropout": 0.0}) == baseline.model_copy(update={"dropout": 0.0})
 
 
 def test_a_student_that_nobody_measures_is_not_trained(tmp_path: Path) -> None:

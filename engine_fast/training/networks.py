@@ -1,0 +1,101 @@
+"""The networks that a stage starts from: fresh ones, those of earlier stages, and frozen teachers."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+
+from engine_fast.config import EngineConfig, RunConfig
+from engine_fast.data.prepared import Prepared
+from engine_fast.errors import CheckpointError, VocabularyError, require
+from engine_fast.models import Student, Teacher, freeze, load_model
+from engine_fast.models.store import LoadedModel, new_network
+from engine_fast.training.seeding import seed_torch
+
+_DROPOUTS = {"dropout", "attention_dropout", "activation_dropout"}
+
+
+def fresh(stage: str, config: RunConfig, prepared: Prepared) -> Teacher | Student:
+    """With random weights, a function of the seed and the stage."""
+    seed_torch(config.seed, stage, "init")
+    role: Literal["teacher", "student"] = "teacher" if stage == "teacher" else "student"
+    sizes = len(prepared.source_vocabulary), len(prepared.target_vocabulary)
+    return new_network(role, getattr(config, stage).architecture, *sizes)
+
+
+def load(path: Path, kind: str, prepared: Prepared) -> LoadedModel:
+    """A model of `kind` whose vocabularies are the corpus's. Raises CheckpointError, VocabularyError."""
+    directory = _model_directory(path)
+    loaded = load_model(directory, kind=kind, dtype=torch.float32)
+    for side, own, wanted in (
+        ("source", loaded.source_vocabulary, prepared.source_vocabulary),
+        ("target", loaded.target_vocabulary, prepared.target_vocabulary),
+    ):
+        if own.fingerprint != wanted.fingerprint:
+            raise VocabularyError(
+                f"{directory}: its {side} vocabulary is {own.fingerprint[:12]}, the corpus was prepared with "
+                f"{wanted.fingerprint[:12]}. Use a model and data of one run."
+            )
+    return loaded
+
+
+def frozen(path: Path, config: EngineConfig, dtype: torch.dtype, prepared: Prepared) -> Teacher:
+    """The ENGINE stage's teacher."""
+    teacher = cast(Teacher, load(path, "teacher", prepared).model)
+    teacher.activation_checkpointing = config.teacher_checkpointing
+    return freeze(teacher, dtype=dtype, dropout=config.teacher_dropout)
+
+
+def is_changed(config: EngineConfig) -> bool:
+    """Whether a loaded teacher does not stay as it was loaded."""
+    return config.teacher_placement == "sharded" or config.teacher_compile or config.teacher_dropout
+
+
+def student_of(baseline: Student, config: RunConfig) -> Student:
+    """The baseline with engine.architecture's dropout."""
+    architecture = baseline.architecture
+    if "architecture" in config.engine.model_fields_set:
+        asked = config.engine.architecture
+        for name in ("kind", *sorted(asked.model_fields_set - _DROPOUTS)):
+            require(
+                getattr(asked, name) == getattr(architecture, name),
+                f"engine.architecture.{name}", getattr(asked, name), f"the CMLM's, {getattr(architecture, name)!r}",
+                "The student starts from the CMLM; only its dropout can differ.",
+            )  # fmt: skip
+        given = asked.model_fields_set & _DROPOUTS
+        architecture = architecture.model_copy(update={name: getattr(asked, name) for name in given})
+    student = cast(Student, new_network("student", architecture, baseline.source_size, baseline.target_size))
+    student.load_state_dict(baseline.state_dict())
+    return student
+
+
+def require_shardable(model: Teacher | Student, key: str, got: object, wanted: str) -> None:
+    """Raises ConfigError for a network whose gathers would depend on the sentences."""
+    require(
+        model.shardable,
+        key, got, f"{wanted} for an LSTM with input feeding",
+        "It gathers weights at every position, and ranks have sentences of other lengths. Or set input_feeding: false.",
+    )  # fmt: skip
+
+
+def _model_directory(path: Path) -> Path:
+    return path / "model" if (path / "model" / "config.json").is_file() else path
+
+
+def hash_of_model(path: Path) -> str:
+    """sha256 of the weights of a model directory, or of the one in a stage directory. Raises CheckpointError."""
+    return hash_file(_model_directory(path) / "model.safetensors")
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file that belongs to a model or a corpus. Raises CheckpointError."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}). Give a directory that holds a model."
+        ) from error
