@@ -30,11 +30,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"# Beyond the paper: {results['corpus']}, {results['split']} set",
         "",
         f"One pass, {results['length_beam']} length candidates chosen by the student, or (reranked) by the energy of "
-        f"the left-to-right teacher; oracle: the reference's length. {results['updates']} updates of each ENGINE, the "
-        "best by dev BLEU kept. One seed: a difference from ENGINE that another seed makes too means nothing. +-: half "
-        "of the 95% bootstrap interval; p: paired bootstrap against ENGINE. Energies: nats a sentence, left-to-right "
-        "teacher but for R2L. gap: discrete minus relaxed energy with the reference's lengths, O1's temperature 1; own "
-        "gap: at that of the kept update. seconds: of training, on a machine that others used too.",
+        f"the left-to-right teacher; oracle: the reference's length. {results['updates']} updates of each ENGINE, that "
+        "of lowest dev energy kept. One seed: a difference from ENGINE that another seed makes too means nothing. +-: "
+        "half of the 95% bootstrap interval; p: paired bootstrap against ENGINE. Energies: nats a sentence, "
+        "left-to-right teacher but for R2L. gap: discrete minus relaxed energy with the reference's lengths, O1's "
+        "temperature 1; own gap: at that of the kept update. seconds: of training, on a machine that others used too.",
         "",
         "| " + " | ".join(_COLUMNS) + " |",
         "|---" + "|---:" * (len(_COLUMNS) - 1) + "|",
