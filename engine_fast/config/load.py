@@ -127,6 +127,9 @@ def parse_config(tree: dict[str, Any], origin: str = "config") -> RunConfig:
 def dump_config(config: BaseModel) -> str:
     """The effective configuration as YAML; load_config reads it back to an equal object."""
     tree = config.model_dump(mode="json", exclude_none=True)
+    if isinstance(config, RunConfig) and "architecture" not in config.engine.model_fields_set:
+        # The CMLM's, whatever that is: a default written down would count as asked for.
+        del tree["engine"]["architecture"]
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

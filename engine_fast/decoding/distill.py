@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
-from torch import nn
 
 from engine_fast.config import DistillConfig
 from engine_fast.data.atomic import writing
@@ -128,12 +127,13 @@ def distill(
     return ParallelCorpus.open(directory / CORPUS) if rank == 0 else None
 
 
-def _key(model: nn.Module, corpus: ParallelCorpus, config: DistillConfig) -> str:
+def _key(model: Teacher, corpus: ParallelCorpus, config: DistillConfig) -> str:
     """Everything the result depends on, as one hash."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    digest.update(f"{model.kind} {model.architecture.model_dump_json()} {model.right_to_left}\n".encode())
     digest.update(config.model_dump_json().encode())
     digest.update(f"{corpus.source_fingerprint} {corpus.target_fingerprint} {len(corpus)}\n".encode())
     for i in range(len(corpus)):

@@ -168,6 +168,28 @@ def load_vocabularies(directory: Path) -> tuple[Vocabulary, Vocabulary]:
     return _read_vocabularies(directory, _read_config(directory))
 
 
+def stage_model(path: Path) -> Path:
+    """The model directory in a stage's directory, or `path` itself."""
+    return path / "model" if (path / "model" / "config.json").is_file() else path
+
+
+def fingerprint(directory: Path) -> str:
+    """sha256 over all that decides what a model computes: weights, kind, architecture, reading direction.
+
+    Two imports of one multilingual network have equal weights, and differ in the languages their architecture names.
+    Raises CheckpointError.
+    """
+    config = _read_config(directory)
+    try:
+        weights = _sha256(directory / WEIGHTS)
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory / WEIGHTS}: cannot be read ({error.strerror}). Give a directory that holds a model."
+        ) from error
+    meaning = [config["kind"], config["architecture"], config.get("card", {}).get("right_to_left", False)]
+    return hashlib.sha256((weights + json.dumps(meaning, sort_keys=True)).encode()).hexdigest()
+
+
 def new_network(
     role: Literal["teacher", "student"], architecture: AnyArchitecture, source_size: int, target_size: int
 ) -> Teacher | Student:

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from engine_fast.config import AnyArchitecture, BatchConfig
+from engine_fast.config import BatchConfig
 from engine_fast.data.batching import Batch, BatchPlan, Indices, Lengths, Update
 from engine_fast.data.symbols import PAD
 from engine_fast.distributed import World
@@ -39,14 +39,13 @@ class Subset:
         return self._corpus.collate(self._chosen[np.asarray(indices, dtype=np.int64)])
 
 
-def fitting(
-    corpus: Corpus, architecture: AnyArchitecture, *, what: str, has_length_classes: bool
-) -> tuple[Corpus, int]:
-    """The sentences that the model has positions (and a CMLM a length class) for, and the number of the others.
+def fitting(corpus: Corpus, longest: int, *, what: str, has_length_classes: bool) -> tuple[Corpus, int]:
+    """The sentences that the models have positions (and a student a length class) for, and the number of the others.
+
+    longest: max_positions of the model, and of the teachers it learns from.
 
     Raises DataError if nothing is left.
     """
-    longest = architecture.max_positions
     fits = corpus.source_lengths <= longest
     fits &= corpus.target_lengths <= longest - has_length_classes
     num_left = int(fits.sum())

@@ -21,11 +21,12 @@ from engine_fast.distributed import Engine, World, require_agreement, start
 from engine_fast.distributed.presence import beat
 from engine_fast.errors import require
 from engine_fast.models import Student, Teacher, save_model
+from engine_fast.models.store import fingerprint, stage_model
 from engine_fast.training.export import assemble
 from engine_fast.training.feeding import Feeder, Subset, fitting
 from engine_fast.training.interrupt import catching_signals
 from engine_fast.training.loop import StageName, Trainer
-from engine_fast.training.networks import hash_file, hash_of_model, require_shardable
+from engine_fast.training.networks import hash_file, require_shardable
 from engine_fast.training.run_directory import RunDirectory
 from engine_fast.training.seeding import derive
 from engine_fast.training.validation import BleuSet, Decode, Validator
@@ -61,10 +62,11 @@ class Job:
             if self.settings.effective_zero_stage == 3:
                 require_shardable(model, f"{self.stage}.zero_stage", 3, "less than 3")
             model.activation_checkpointing = self.settings.activation_checkpointing
-            limits = model.architecture
-            corpus, num_dropped = self._fitting(self.corpora[0], "training corpus", limits)
-            valid, num_invalid = self._fitting(self.corpora[1], "dev set", limits)
-            engine = Engine(objective_of(model), model, self.settings, extra=self.config.deepspeed, world=world)
+            limits, objective = model.architecture, objective_of(model)
+            longest = min(network.max_positions for network in (model, *getattr(objective, "teachers", ())))
+            corpus, num_dropped = self._fitting(self.corpora[0], "training corpus", longest)
+            valid, num_invalid = self._fitting(self.corpora[1], "dev set", longest)
+            engine = Engine(objective, model, self.settings, extra=self.config.deepspeed, world=world)
             if self.settings.compile:  # not before: the engine may have copied the model
                 model.compile_stacks()
             frozen = [name for name in self.models if name != "cmlm"] if self.stage == "engine" else []
@@ -79,7 +81,7 @@ class Job:
             )  # fmt: skip
             for count, what in ((num_dropped, "training pairs"), (num_invalid, "dev pairs")):
                 if count:
-                    trainer.say(f"{count} {what} are longer than max_positions = {limits.max_positions} and left out")
+                    trainer.say(f"{count} {what} are longer than max_positions = {longest} and left out")
             for change in changes:
                 trainer.say(f"changed since the last start: {change}")
             world.on_main(lambda: self._describe(place, model))
@@ -109,7 +111,7 @@ class Job:
             "dev set": hash_file(self.corpora[1].directory / MANIFEST),
         }
         for name, path in self.models.items():
-            inputs[f"{name} model"] = hash_of_model(path)
+            inputs[f"{name} model"] = fingerprint(stage_model(path))
         return inputs
 
     def _facts(self, inputs: dict[str, str]) -> dict[str, str]:
@@ -122,8 +124,8 @@ class Job:
         versions = {"engine_fast": __version__, "torch": torch.__version__, "operators": ops.implementation()}
         return versions | inputs | {f"{self.stage}.{name}": json.dumps(value) for name, value in settings.items()}
 
-    def _fitting(self, corpus: ParallelCorpus, what: str, limits: AnyArchitecture) -> Any:
-        return fitting(corpus, limits, what=what, has_length_classes=self.stage != "teacher")
+    def _fitting(self, corpus: ParallelCorpus, what: str, longest: int) -> Any:
+        return fitting(corpus, longest, what=what, has_length_classes=self.stage != "teacher")
 
     def _bleu_set(self, limits: AnyArchitecture) -> BleuSet | None:
         count = min(self.settings.valid_bleu_sentences, len(self.corpora[1]))

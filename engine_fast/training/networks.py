@@ -12,7 +12,7 @@ from engine_fast.config import EngineConfig, RunConfig
 from engine_fast.data.prepared import Prepared
 from engine_fast.errors import CheckpointError, VocabularyError, require
 from engine_fast.models import Student, Teacher, freeze, load_model
-from engine_fast.models.store import LoadedModel, new_network
+from engine_fast.models.store import LoadedModel, new_network, stage_model
 from engine_fast.training.seeding import seed_torch
 
 _DROPOUTS = {"dropout", "attention_dropout", "activation_dropout"}
@@ -28,7 +28,7 @@ def fresh(stage: str, config: RunConfig, prepared: Prepared) -> Teacher | Studen
 
 def load(path: Path, kind: str, prepared: Prepared) -> LoadedModel:
     """A model of `kind` whose vocabularies are the corpus's. Raises CheckpointError, VocabularyError."""
-    directory = _model_directory(path)
+    directory = stage_model(path)
     loaded = load_model(directory, kind=kind, dtype=torch.float32)
     for side, own, wanted in (
         ("source", loaded.source_vocabulary, prepared.source_vocabulary),
@@ -81,21 +81,12 @@ def require_shardable(model: Teacher | Student, key: str, got: object, wanted: s
     )  # fmt: skip
 
 
-def _model_directory(path: Path) -> Path:
-    return path / "model" if (path / "model" / "config.json").is_file() else path
-
-
-def hash_of_model(path: Path) -> str:
-    """sha256 of the weights of a model directory, or of the one in a stage directory. Raises CheckpointError."""
-    return hash_file(_model_directory(path) / "model.safetensors")
-
-
 def hash_file(path: Path) -> str:
-    """sha256 of a file that belongs to a model or a corpus. Raises CheckpointError."""
+    """sha256 of a file that belongs to a corpus. Raises CheckpointError."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}). Give a directory that holds a model."
+            f"{path}: cannot be read ({error.strerror}). Give a directory that holds a corpus."
         ) from error

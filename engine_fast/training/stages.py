@@ -18,13 +18,12 @@ from engine_fast.distributed import World, shard_frozen
 from engine_fast.energies import Energy, EnsembleEnergy, TeacherEnergy
 from engine_fast.errors import require
 from engine_fast.models import Student, Teacher
-from engine_fast.models.store import copy_matching
+from engine_fast.models.store import copy_matching, fingerprint, stage_model
 from engine_fast.training.ensemble import member_directories
 from engine_fast.training.job import Job
 from engine_fast.training.networks import (
     fresh,
     frozen,
-    hash_of_model,
     is_changed,
     load,
     require_shardable,
@@ -128,7 +127,11 @@ def train_engine(
             "engine.teacher_precision", precision, f"{config.engine.precision}, the student's, or fp32",
         )  # fmt: skip
         kept = None if is_changed(config.engine) else reuse
-        origin = (precision, config.engine.teacher_checkpointing, *(hash_of_model(models[name]) for name in names))
+        origin = (
+            precision,
+            config.engine.teacher_checkpointing,
+            *(fingerprint(stage_model(models[name])) for name in names),
+        )
         teachers = []
         for name in names:
             loading = partial(frozen, models[name], config.engine, _DTYPES[precision], prepared)

@@ -229,3 +229,11 @@ def test_each_stage_has_its_own_defaults() -> None:
         False,
         1e-12,
     )
+
+
+def test_a_dumped_configuration_asks_for_no_architecture_that_nobody_asked_for(tmp_path):
+    config = parse_config({"data": {"synthetic": {}}, "cmlm": {"architecture": {"kind": "bilstm"}}})
+    (tmp_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config
+    assert "architecture" not in again.engine.model_fields_set

@@ -10,7 +10,7 @@ from engine_fast.config import Architecture
 from engine_fast.data.vocabulary import DictionaryVocabulary
 from engine_fast.errors import CheckpointError, VocabularyError
 from engine_fast.models import CMLM, Transformer, load_model, save_model
-from engine_fast.models.store import copy_matching
+from engine_fast.models.store import copy_matching, fingerprint
 
 SMALL = {"width": 16, "ffn_width": 24, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "max_positions": 12}
 
@@ -161,3 +161,30 @@ def test_no_temporary_directory_is_left(saved):
     names = {path.name for path in saved[0].parent.iterdir()}
     assert names == {"model", "words.dict.txt"}
     shutil.rmtree(saved[0])
+
+
+@pytest.mark.parametrize("change", ["weights", "architecture", "direction"])
+def test_a_fingerprint_says_all_that_decides_what_a_model_computes(tmp_path, change):
+    source = vocabulary(tmp_path, ["a", "b", "c"])
+    torch.manual_seed(0)
+    model = Transformer(Architecture(**SMALL), len(source), len(source))
+    save_model(tmp_path / "one", model, source, source, card={"bleu": 1.0})
+    save_model(tmp_path / "same", model, source, source, card={"bleu": 2.0})
+    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "same")
+    if change == "weights":
+        torch.nn.init.ones_(model.output.weight)
+    elif change == "architecture":
+        other = Transformer(Architecture(**SMALL | {"heads": 4}), len(source), len(source))
+        other.load_state_dict(model.state_dict())
+        model = other
+    else:
+        model.right_to_left = True
+    save_model(tmp_path / "other", model, source, source)
+    assert fingerprint(tmp_path / "one") != fingerprint(tmp_path / "other")
+
+
+def test_a_fingerprint_needs_weights(saved):
+    directory, _, _ = saved
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="Give a directory that holds a model"):
+        fingerprint(directory)

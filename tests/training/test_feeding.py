@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine_fast.config import Architecture, BatchConfig
+from engine_fast.config import BatchConfig
 from engine_fast.data.batching import Batch
 from engine_fast.data.symbols import EOS, PAD
 from engine_fast.distributed import World
@@ -106,14 +106,13 @@ def test_a_rank_without_work_gets_a_stand_in_of_no_weight():
 
 def test_sentences_beyond_the_model_are_left_out_and_counted():
     corpus = Numbers([3, 9, 4, 8, 5])
-    architecture = Architecture(max_positions=8)
-    fits, dropped = fitting(corpus, architecture, what="corpus", has_length_classes=False)
+    fits, dropped = fitting(corpus, 8, what="corpus", has_length_classes=False)
     assert dropped == 1
     assert fits.collate([1, 2]).indices.tolist() == [2, 3]
-    _, dropped = fitting(corpus, architecture, what="corpus", has_length_classes=True)
+    _, dropped = fitting(corpus, 8, what="corpus", has_length_classes=True)
     assert dropped == 2  # class 8 would be the ninth of 8
     with pytest.raises(DataError, match="none of its 5 sentences"):
-        fitting(corpus, Architecture(max_positions=2), what="corpus", has_length_classes=False)
+        fitting(corpus, 2, what="corpus", has_length_classes=False)
 
 
 def test_clipping_keeps_the_end_symbol():

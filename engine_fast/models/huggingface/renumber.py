@@ -102,6 +102,4 @@ def _renumber_settings(settings: Any, ours: dict[int, int]) -> None:
             setattr(settings, name, [number(row) for row in rows])
     if words := getattr(settings, "bad_words_ids", None):
         settings.bad_words_ids = [[number(row) for row in word] for word in words]
-    ends = getattr(settings, "eos_token_id", None)
-    further = [number(row) for row in ends if number(row) != EOS] if isinstance(ends, (list, tuple)) else []
-    settings.pad_token_id, settings.eos_token_id = PAD, [EOS, *further] if further else EOS
+    settings.pad_token_id, settings.eos_token_id = PAD, EOS  # our sentences end in nothing else
