@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine_fast.config import RunConfig, parse_config
-from engine_fast.config.load import put
+from engine_fast.config.load import put_all
 from engine_fast.config.sweep import Trial, trials_of
 from engine_fast.data.atomic import is_held, try_only_one
 from engine_fast.distributed import World
@@ -128,8 +128,7 @@ def trial_config(config: RunConfig, trial: Trial) -> RunConfig:
     """The run's configuration with the trial's values. Raises ConfigError that names the trial."""
     # only what was set: a default that is written down would count as asked for
     tree = config.model_dump(mode="json", exclude_unset=True, exclude={"sweep", "table"})
-    for key, value in trial.values.items():
-        put(tree, key, value, origin=f"sweep, trial {trial.label}: {key}")
+    put_all(tree, [(key, value, f"sweep, trial {trial.label}: {key}") for key, value in trial.values.items()])
     return parse_config(tree, f"sweep, trial {trial.label}")
 
 

@@ -289,6 +289,15 @@ def test_every_table_and_sweep_goes_with_every_corpus(path: Path, base: Path | N
         assert student.model_copy(update={"dropout": 0.0}) == baseline.model_copy(update={"dropout": 0.0})
 
 
+def test_a_trial_with_another_network_has_its_keys_alone() -> None:
+    grid = {"teacher.architecture.embedding_width": [8], "teacher.architecture.kind": ["lstm"]}
+    config = micro_config(sweep={"grid": grid})
+    assert config.sweep is not None
+    (trial,) = trials_of(config.sweep)
+    architecture = trial_config(config, trial).teacher.architecture
+    assert architecture.model_dump(exclude_unset=True) == {"kind": "lstm", "embedding_width": 8}
+
+
 def test_a_student_that_nobody_measures_is_not_trained(tmp_path: Path) -> None:
     go(micro_config(evaluate={**MEASURED, "systems": ["cmlm-oracle"]}), tmp_path)
     assert (tmp_path / "cmlm").exists()
