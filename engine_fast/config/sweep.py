@@ -41,9 +41,7 @@ class ListedTrial(Section):
     def _known_sections(cls, values: dict[str, Any]) -> dict[str, Any]:
         for key in _checked(values):
             if is_seed(key):
-                raise ValueError(
-                    f"{key} makes repetitions, not another trial: seeds belong into sweep.grid, {key}: [1]"
-                )
+                raise ValueError(f"{key} repeats a trial: seeds belong into sweep.grid, {key}: [1]")
         return values
 
 
