@@ -5,7 +5,7 @@
 #
 # For a machine with a GPU, nvcc and a Python with a CUDA torch and this package's dependencies; it needs no network.
 #   ENGINE_FAST_DATA   the folder that holds deen_mix/
-#   RUN      directory of the run; default runs/paper
+#   RUN      directory of the run; default runs/paper, of a dry run runs/paper_dry
 #   PYTHON   default python3
 #   WHEELS   a folder of wheels to install first; default none
 #   OUT      where the log and the results are copied; default nowhere
@@ -15,7 +15,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
-run=${RUN:-runs/paper}
+run=${RUN:-$([ "${DRY:-0}" = 1 ] && echo runs/paper_dry || echo runs/paper)}
 in_all=${SECONDS_IN_ALL:-$([ "${DRY:-0}" = 1 ] && echo 1800 || echo 560)}
 work=build/gpu
 mkdir -p "$work" "$run"
@@ -66,6 +66,11 @@ for table in table3 table4; do
   # INT: the trainer saves and ends; the 15 s are for that.
   timeout --signal=INT --kill-after=15 "$left" "$python" -m engine_fast.cli.main run "configs/tables/$table.yaml" \
     --base "$base" --out "$run" "${few[@]}" 2>&1 | tee -a "$log" || rc=$?
+  # 137 is also what the kernel leaves of a process that took too much memory
+  if [ "$rc" = 137 ] && [ "$SECONDS" -lt $((in_all - 25)) ]; then
+    echo "killed in $table, and not for its time" | tee -a "$log"
+    exit 137
+  fi
   case $rc in
     0) ;;
     124 | 130 | 137)

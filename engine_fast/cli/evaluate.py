@@ -18,10 +18,11 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure every system of a run again and write results.json and report.html anew; nothing is trained."""
-    from engine_fast.cli.output import say, show
+    from engine_fast.cli.output import require_run, say, show
     from engine_fast.config import load_config
     from engine_fast.recipes.run import run as run_recipe
 
+    require_run(run)
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: no config.yaml here, so not a run. Give the --out of `engine-fast run` or `demo`.")
     settings = load_config(run / "config.yaml", overrides or [])

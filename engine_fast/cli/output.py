@@ -12,6 +12,21 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def require_run(directory: Path) -> None:
+    """Raises ConfigError where a sweep was the last thing that `directory` is of: it has a table, and no report."""
+    from engine_fast.config import load_config
+    from engine_fast.errors import ConfigError
+
+    path = directory / "config.yaml"
+    config = load_config(path) if path.is_file() else None
+    if config is not None and config.sweep is not None:
+        raise ConfigError(
+            f"{directory}: holds a sweep, expected a single run. What it found is in "
+            f"{directory / (config.table or 'sweep')}/; "
+            "`engine-fast run` measures its trials again when evaluate.* changes."
+        )
+
+
 def show(results: dict[str, Any], out: Path) -> None:
     """The table of systems with the findings, or the table that was asked for; and where the files are."""
     from rich.console import Console

@@ -17,6 +17,7 @@ from engine_fast.errors import ConfigError
 
 _KIND = "transformer"
 """Of an architecture that does not say."""
+_KIND_KEY = ".architecture.kind"
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,14 +52,13 @@ def load_config(
     """Read a YAML file and apply `a.b=c` overrides (c is parsed as YAML).
 
     `base: other.yaml` in a file, relative to it, puts the file's keys over those of another one; the argument `base`
-    takes its place. Sections are merged key by key; an architecture of another `kind` replaces the one below it.
+    takes its place. Sections are merged key by key; one of another `kind` replaces an architecture.
 
     Raises ConfigError: file missing, not YAML, unknown key (with the nearest), wrong value (with what was expected),
     files that are each other's base.
     """
     tree = _read(Path(path), below=None if base is None else Path(base))
-    for override in overrides:
-        _apply(tree, override)
+    put_all(tree, [(*_parsed_override(override), f"--set {override!r}") for override in overrides])
     return parse_config(tree, str(path))
 
 
@@ -110,10 +110,15 @@ def _merged(below: Any, above: Any, key: str = "") -> Any:
     """Mappings key by key, the values of `above` where both have one."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    if key == "architecture" and above.get("kind", _KIND) != below.get("kind", _KIND):
-        return above  # another network has other keys
+    if key == "architecture" and _is_another(above.get("kind"), below):
+        return above
     both = {name: _merged(below[name], value, name) if name in below else value for name, value in above.items()}
     return below | both
+
+
+def _is_another(kind: Any, architecture: dict[str, Any]) -> bool:
+    """Whether `kind` is given and is that of another network, which has other keys."""
+    return kind is not None and kind != architecture.get("kind", _KIND)
 
 
 def parse_config(tree: dict[str, Any], origin: str = "config") -> RunConfig:
@@ -133,29 +138,35 @@ def dump_config(config: BaseModel) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def put(tree: dict[str, Any], key: str, value: Any, *, origin: str) -> None:
-    """Set `section.key` in a plain tree. Raises ConfigError, which begins with `origin`, where that is no key."""
-    *parents, leaf = key.split(".")
-    node = tree
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"{origin}: {parent} holds {child!r}, not a section.")
-        node = child
-    node[leaf] = value
+def put_all(tree: dict[str, Any], settings: Sequence[tuple[str, Any, str]]) -> None:
+    """Set each (section.key, value, origin) in a plain tree; an architecture's kind first, whatever the order.
+
+    As between two files, another `kind` of architecture takes the keys of the old one out.
+    Raises ConfigError, which begins with the origin, where that is no key.
+    """
+    for key, value, origin in sorted(settings, key=lambda setting: not setting[0].endswith(_KIND_KEY)):
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if child is None:
+                child = node[parent] = {}
+            if not isinstance(child, dict):
+                raise ConfigError(f"{origin}: {parent} holds {child!r}, not a section.")
+            node = child
+        if key.endswith(_KIND_KEY) and _is_another(value, node):
+            node.clear()
+        node[leaf] = value
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _parsed_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set {override!r}, expected section.key=value, for example --set engine.optim.lr=1e-5.")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        return key, yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML.") from error
-    put(tree, key, value, origin=f"--set {override!r}")
 
 
 def _explain(origin: str, item: Any) -> str:

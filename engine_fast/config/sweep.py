@@ -26,10 +26,10 @@ _LONGEST_LABEL = 150
 class ListedTrial(Section):
     """One variation, by name."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._+-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
     """Of the trial, and of its directory."""
     set: dict[str, Any]
-    """section.key -> value; sections may also be written as such."""
+    """section.key -> value; sections may also be written as such. Seeds belong into the grid."""
 
     @field_validator("set", mode="before")
     @classmethod
@@ -39,7 +39,10 @@ class ListedTrial(Section):
     @field_validator("set")
     @classmethod
     def _known_sections(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return _checked(values)
+        for key in _checked(values):
+            if is_seed(key):
+                raise ValueError(f"{key} repeats a trial: seeds belong into sweep.grid, {key}: [1]")
+        return values
 
 
 class SweepConfig(Section):
@@ -134,6 +137,8 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
             raise ValueError("seed would change the corpus of every trial. Vary engine.seed, or cmlm.seed")
         if section not in SECTIONS or not all(key.split(".")[1:]) or not dot:
             raise ValueError(f"{key!r} is no key that a trial may set: section.key of {', '.join(SECTIONS)}")
+        if key == "evaluate.split":
+            raise ValueError("evaluate.split would compare figures of two corpora. Set it for the whole run")
     return values
 
 
@@ -150,5 +155,8 @@ def _text(value: Any) -> str:
 
 
 def _safe(label: str) -> str:
-    """Short, and without what a file name must not hold; two labels that become one are refused."""
-    return _UNSAFE.sub("_", label)[:_LONGEST_LABEL]
+    """Short, and without what a file name must not hold; two labels that become one are refused.
+
+    It begins with a letter or digit, as names and keys do, so that none is hidden or another directory's.
+    """
+    return _UNSAFE.sub("_", label).lstrip("._+,=-")[:_LONGEST_LABEL]

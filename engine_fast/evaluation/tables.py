@@ -14,12 +14,14 @@ class Direction:
     """Something the paper's figures say, and whether this run's say it too."""
 
     claim: str
-    reproduced: bool
+    reproduced: bool | None
+    """None: this run's figures cannot decide it."""
     evidence: str
-    """The figures that decide it."""
+    """The figures that decide it, or what is missing."""
 
     def line(self) -> str:
-        return f"- {self.claim}: **{'' if self.reproduced else 'not '}reproduced** ({self.evidence})"
+        verdict = {True: "reproduced", False: "not reproduced", None: "not decided"}[self.reproduced]
+        return f"- {self.claim}: **{verdict}** ({self.evidence})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,8 @@ class PaperTable:
     """Markdown of the rows."""
     theirs: str
     """Markdown of the paper's figures."""
+    num_seeds: tuple[int, int] = (1, 1)
+    """Repetitions of the row that has fewest, and most."""
 
     def as_json(self) -> dict[str, Any]:
         """What results.json says under `table`."""
@@ -53,13 +57,11 @@ class PaperTable:
 def markdown(table: PaperTable, results: dict[str, Any]) -> str:
     """table.md: this run's figures, the paper's, and in which directions they agree."""
     config, signature = results["config"], results["signature"]
-    seeds = results.get("num_seeds", 1)
     parts = [
         f"# {table.title}",
         f"Run `{results['name']}`, {results['split']} split, {results['references']['sentences']} sentences, "
         f"seed {config['seed']}. BLEU: `{signature['bleu']}`. "
-        "Energy: discrete, nats a sentence, under the fp32 teacher."
-        + (f" Figures are means over {seeds} seeds, with the range in brackets." if seeds > 1 else ""),
+        "Energy: discrete, nats a sentence, under the fp32 teacher." + _of_seeds(table.num_seeds),
         "## This run",
         table.ours,
     ]
@@ -69,6 +71,14 @@ def markdown(table: PaperTable, results: dict[str, Any]) -> str:
     if table.directions:
         parts += ["## Directions", "\n".join(direction.line() for direction in table.directions)]
     return "\n\n".join(parts) + "\n"
+
+
+def _of_seeds(num_seeds: tuple[int, int]) -> str:
+    fewest, most = num_seeds
+    if most == 1:
+        return ""
+    count = str(most) if fewest == most else f"{fewest} to {most}"
+    return f" Figures are means over {count} seeds, with the range in brackets."
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str = "---:") -> str:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from engine_fast.evaluation.findings import Row, row_of
-from engine_fast.evaluation.published import TABLE3, TABLE4, TABLE6
+from engine_fast.evaluation.published import ONE_DECIMAL, TABLE3, TABLE4, TABLE6
 from engine_fast.evaluation.report import mark_repeats
 from engine_fast.evaluation.tables import Direction, PaperTable, grid
 
@@ -109,7 +109,7 @@ def table4(results: dict[str, Any]) -> PaperTable:
         theirs="Test BLEU as published, not measured here; the systems below ENGINE are others', with one pass.\n\n"
         + grid(
             ["system", *corpora],
-            [[name, *(_figure(quoted[corpus].get(name)) for corpus in corpora)] for name in names],
+            [[name, *(_published(name, quoted[corpus].get(name)) for corpus in corpora)] for name in names],
         ),
     )  # fmt: skip
 
@@ -121,7 +121,7 @@ def table6(results: dict[str, Any], texts: dict[str, list[str]], references: Seq
     """
     systems = results["systems"]
     passes = _passes(systems)[0]
-    teacher = row_of(systems, "teacher-beam") or row_of(systems, "teacher-greedy")
+    teacher = row_of(systems, "teacher-beam")
     assert teacher is not None
     shown = {"teacher": teacher, **{name: _student(systems, role, passes) for role, name in STUDENTS.items()}}
     lines = {"source": texts["source"], "reference": references[0]}
@@ -186,8 +186,8 @@ def _iterations(count: int) -> str:
     return f"{count} iteration{'s' if count > 1 else ''}"
 
 
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def _published(name: str, bleu: float | None) -> str:
+    return "" if bleu is None else format(bleu, ".1f" if name in ONE_DECIMAL else ".2f")
 
 
 def _keys_as_text(table: dict[str, dict[str, dict[int, float]]]) -> dict[str, Any]:

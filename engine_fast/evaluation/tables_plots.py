@@ -18,6 +18,8 @@ from engine_fast.evaluation.tables import PaperTable
 
 COLORS = {"CMLM": "#b5651d", "ENGINE": "#1f6f8b", "teacher": "#4c4c4c", "others": "#b9b9b9", "repeat": "#f4c95d"}
 _MOST_CHARACTERS = 100
+_OURS, _THEIRS = "energy, nats", "energy, as published"
+"""The paper does not state the unit of its figures."""
 
 
 def picture(table: PaperTable) -> bytes:
@@ -41,11 +43,14 @@ def _table2(table: PaperTable) -> Figure:
         for place, o2 in enumerate(OPERATORS)
     }
     figure = Figure(figsize=(9.5, 7.6), layout="constrained")
-    for line, (what, cells, rows, columns) in enumerate(
-        (("this run", ours, first, second), ("the paper, IWSLT14 DE-EN", theirs, OPERATORS, OPERATORS))
+    for line, (what, cells, rows, columns, energy) in enumerate(
+        (
+            ("this run", ours, first, second, _OURS),
+            ("the paper, IWSLT14 DE-EN", theirs, OPERATORS, OPERATORS, _THEIRS),
+        )
     ):
         for place, (key, name, form, colors) in enumerate(
-            (("energy", "energy, nats", ".3g", "viridis_r"), ("bleu", "BLEU", ".1f", "viridis"))
+            (("energy", energy, ".3g", "viridis_r"), ("bleu", "BLEU", ".1f", "viridis"))
         ):
             axis = figure.add_subplot(2, 2, 2 * line + place + 1)
             values = np.array([[_mean(cells.get((o1, o2)), key) for o2 in columns] for o1 in rows])
@@ -102,12 +107,12 @@ def _table5(table: PaperTable) -> Figure:
         ("this run", {row["training"]: (row["energy"]["mean"], row["bleu"]["mean"]) for row in table.rows}),
         *((f"the paper, {corpus}", figures) for corpus, figures in TABLE5.items()),
     ]
-    for place, key in enumerate(("energy, nats (lower is better)", "BLEU")):
+    for place in range(2):
         for number, (title, figures) in enumerate(panels):
             axis = figure.add_subplot(2, len(panels), place * len(panels) + number + 1)
             names = [{"engine": "ENGINE"}.get(name, name) for name in figures][::-1]
             _bars(axis, names, [pair[place] for pair in figures.values()][::-1], form=".1f")
-            axis.set_xlabel(key)
+            axis.set_xlabel("BLEU" if place else f"{_THEIRS if number else _OURS} (lower is better)")
             axis.set_title(title, fontsize=9)
     return figure
 
@@ -140,7 +145,7 @@ def _table6(table: PaperTable) -> Figure:
 def _sweep(table: PaperTable) -> Figure:
     """Energy of each trial as a bar, its range as a line."""
     figure = Figure(figsize=(8.5, 1.2 + 0.25 * len(table.rows)), layout="constrained")
-    for place, (key, label) in enumerate((("energy", "energy, nats (lower is better)"), ("bleu", "BLEU"))):
+    for place, (key, label) in enumerate((("energy", f"{_OURS} (lower is better)"), ("bleu", "BLEU"))):
         axis = figure.add_subplot(1, 2, place + 1)
         names = [f"{row['trial']} {row['system']}" for row in table.rows][::-1]
         spreads = [row[key] for row in table.rows][::-1]

@@ -11,12 +11,12 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine_fast.config import RunConfig, parse_config
-from engine_fast.config.load import put
+from engine_fast.config.load import put_all
 from engine_fast.config.sweep import Trial, trials_of
 from engine_fast.data.atomic import is_held, try_only_one
 from engine_fast.distributed import World
@@ -46,8 +46,8 @@ class TrialGraph:
     """Those that not all trials share, in order; some may stand in the directory of another trial."""
     known: Mapping[str, str]
     """Stage -> hash of its outputs, for those that are done before any trial begins."""
-    result: Path
-    """Directory of its last stage."""
+    places: Mapping[str, Path]
+    """Directory of each of its stages."""
 
     def outputs_hash(self) -> str | None:
         """Of its last stage; None while it is not done."""
@@ -95,7 +95,8 @@ class Sweep:
             for stage in own:
                 homes.setdefault(names[stage.name], stage)
             before = {stage.name: known[names[stage.name]] for stage in stages if names[stage.name] in done}
-            found.append(TrialGraph(trial, self._place(trial), own, before, stages[-1].place(self._out)))
+            places = {stage.name: stage.place(self._out) for stage in stages}
+            found.append(TrialGraph(trial, self._place(trial), own, before, places))
         return found
 
     def _done_without_sweep(self, hashes: dict[str, str]) -> dict[str, Stage]:
@@ -128,8 +129,7 @@ def trial_config(config: RunConfig, trial: Trial) -> RunConfig:
     """The run's configuration with the trial's values. Raises ConfigError that names the trial."""
     # only what was set: a default that is written down would count as asked for
     tree = config.model_dump(mode="json", exclude_unset=True, exclude={"sweep", "table"})
-    for key, value in trial.values.items():
-        put(tree, key, value, origin=f"sweep, trial {trial.label}: {key}")
+    put_all(tree, [(key, value, f"sweep, trial {trial.label}: {key}") for key, value in trial.values.items()])
     return parse_config(tree, f"sweep, trial {trial.label}")
 
 
@@ -147,6 +147,7 @@ def work(graphs: Sequence[TrialGraph], *, world: World, say: Say) -> None:
                 left.remove(graph)
                 continue
             with try_only_one(graph.directory) as mine:
+                # not tried again here, also where its failure could not be written down
                 if mine and _attempt(graph, world, say):
                     left.remove(graph)
         if len(left) == before:
@@ -197,8 +198,9 @@ def _attempt(graph: TrialGraph, world: World, say: Say) -> bool:
     except Exception as error:
         known = isinstance(error, EngineFastError)
         text = str(error) if known else f"{type(error).__name__}: {error}"
-        write_json(graph.directory / FAILURE, {"error": text})
         say(f"{graph.trial.label}: failed, the other trials go on. {text if known else traceback.format_exc()}")
+        with suppress(OSError):  # a full disk, say, which may be why it failed
+            write_json(graph.directory / FAILURE, {"error": text})
         return True
 
 

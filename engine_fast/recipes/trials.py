@@ -23,7 +23,7 @@ from engine_fast.distributed import World, start
 from engine_fast.distributed.presence import patient
 from engine_fast.recipes.execute import Say, run_graph
 from engine_fast.recipes.sweep import Sweep, TrialGraph, await_others, forget_failures, require_all, work
-from engine_fast.recipes.tables import sweep_stage
+from engine_fast.recipes.tables import sweep_stage, upstream_of
 
 _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that would make a worker one rank of the launched ones."""
@@ -49,8 +49,8 @@ def run_sweep(config: RunConfig, out: Path, *, world: World, say: Say) -> None:
                 if world.size > 1:  # on the file system: a collective would time out, should a worker have ended early
                     await_others(graphs)
     done = world.on_main(partial(require_all, graphs, out))
-    table = sweep_stage(config, out, [(graph.trial, graph.result) for graph in graphs])
-    run_graph([table], out, world=world, say=say, known=done)
+    table = sweep_stage(config, out, [(graph.trial, graph.places) for graph in graphs])
+    run_graph([table], out, world=world, say=say, known={upstream_of(label): found for label, found in done.items()})
 
 
 def run_workers(config: RunConfig, out: Path, count: int, *, world: World, say: Say) -> None:

@@ -43,6 +43,25 @@ def test_another_kind_of_network_replaces_the_one_below(tmp_path: Path) -> None:
     assert load_config(same).teacher.architecture.model_dump()["width"] == 16
 
 
+def test_an_architecture_without_kind_is_merged(tmp_path: Path) -> None:
+    lstm = BELOW.replace("width: 16, heads: 2", "kind: lstm, embedding_width: 16")
+    write(tmp_path / "below.yaml", lstm)
+    above = write(tmp_path / "above.yaml", "base: below.yaml\nteacher: {architecture: {dropout: 0.5}}")
+    assert load_config(above).teacher.architecture.model_dump(exclude_unset=True) == {
+        "kind": "lstm", "embedding_width": 16, "dropout": 0.5
+    }  # fmt: skip
+
+
+def test_another_kind_by_option_takes_the_old_keys_out(tmp_path: Path) -> None:
+    write(tmp_path / "below.yaml", BELOW)
+    both = ["teacher.architecture.embedding_width=8", "teacher.architecture.kind=lstm"]
+    for overrides in (both, both[::-1]):
+        architecture = load_config(tmp_path / "below.yaml", overrides).teacher.architecture
+        assert architecture.model_dump(exclude_unset=True) == {"kind": "lstm", "embedding_width": 8}
+    same = load_config(tmp_path / "below.yaml", ["teacher.architecture.kind=transformer"])
+    assert same.teacher.architecture.model_dump()["width"] == 16
+
+
 def test_the_option_takes_the_place_of_the_key(tmp_path: Path) -> None:
     write(tmp_path / "below.yaml", BELOW)
     other = write(tmp_path / "other.yaml", BELOW.replace("below", "other"))

@@ -36,10 +36,10 @@ def test_listed_trials_are_combined_with_the_grid() -> None:
 
 def test_sections_may_be_written_as_such() -> None:
     nested = sweep(
-        grid={"engine": {"optim": {"lr": [1e-4]}, "o1": ["SX"]}}, trials=[{"name": "a", "set": {"cmlm": {"seed": 2}}}]
+        grid={"engine": {"optim": {"lr": [1e-4]}, "o1": ["SX"]}}, trials=[{"name": "a", "set": {"cmlm": {"data": "x"}}}]
     )
     assert nested == sweep(
-        grid={"engine.optim.lr": [1e-4], "engine.o1": ["SX"]}, trials=[{"name": "a", "set": {"cmlm.seed": 2}}]
+        grid={"engine.optim.lr": [1e-4], "engine.o1": ["SX"]}, trials=[{"name": "a", "set": {"cmlm.data": "x"}}]
     )
 
 
@@ -61,7 +61,12 @@ def test_labels_are_names_of_directories() -> None:
         ({"grid": {"seed": [1, 2]}}, "seed would change the corpus .* Vary engine.seed"),
         ({"grid": {"data.corpus": ["a"]}}, "'data.corpus' is no key that a trial may set: section.key of teacher"),
         ({"grid": {"engine": [1]}}, "'engine' is no key"),
+        ({"grid": {"evaluate.split": ["valid", "test"]}}, "evaluate.split would compare figures of two corpora"),
+        ({"trials": [{"name": "a", "set": {"evaluate": {"split": "test"}}}]}, "evaluate.split would compare"),
         ({"trials": [{"name": "a/b", "set": {}}]}, "sweep.trials.0.name"),
+        ({"trials": [{"name": "..", "set": {}}]}, "sweep.trials.0.name"),
+        ({"trials": [{"name": "-a", "set": {}}]}, "sweep.trials.0.name"),
+        ({"trials": [{"name": "a", "set": {"cmlm.seed": 2}}]}, r"seeds belong into sweep.grid, cmlm.seed: \[1\]"),
         ({"trials": [{"name": "a", "set": {}}, {"name": "a", "set": {}}]}, "two trials would be called a"),
         ({"grid": {"engine.o1": ["SX"]}, "process": 2}, "sweep.process is not a known key. Did you mean 'processes'"),
     ],

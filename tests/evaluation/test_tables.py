@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import matplotlib.image
@@ -40,7 +41,7 @@ def of_run(cmlm: tuple[float, float], engine: tuple[float, float]) -> dict[str, 
     return {**HEADER, "systems": rows}
 
 
-def verdicts(table: PaperTable) -> list[bool]:
+def verdicts(table: PaperTable) -> list[bool | None]:
     return [direction.reproduced for direction in table.directions]
 
 
@@ -67,7 +68,7 @@ def test_table4_quotes_what_others_published() -> None:
     ]  # fmt: skip
     assert table.rows[1]["speedup"] == 0.25
     assert "as published, not measured here" in table.theirs
-    assert "| Imputer |  | 31.70 |" in table.theirs
+    assert "| Imputer |  | 31.7 |" in table.theirs
     assert verdicts(table) == [True]
     assert verdicts(table4(of_run((28.0, 33.0), (27.0, 33.2)))) == [False]
 
@@ -134,6 +135,29 @@ def test_table2_says_what_is_not_reproduced() -> None:
     )
 
 
+def test_table2_decides_nothing_without_all_pairs() -> None:
+    table = table2(operators(papers("lstm"))[:24], half="lstm")
+    assert verdicts(table) == [None, None]
+    assert "- STL as O2 is clearly worse: **not decided** (24 of 25 pairs)" in markdown(table, {**HEADER})
+    assert [direction["reproduced"] for direction in table.as_json()["directions"]] == [None, None]
+
+
+def test_table2_marks_what_never_improved() -> None:
+    measured = [replace(each, best_update=0 if number in (1, 7) else 40) for number, each in
+                enumerate(operators(papers("lstm")))]  # fmt: skip
+    text = markdown(table2(measured, half="lstm"), {**HEADER})
+    assert "| SX | 55.00 (20.0) | 256.00 (20.0)* | 56.00 (20.0) |" in text
+    assert "the network it started from: 2 of 25, marked with an asterisk: SX/STL, STL/SG." in text
+    assert "energy as published, its unit is not stated" in text
+
+
+def test_rows_never_hide_one_another() -> None:
+    twice = operators(papers("lstm"))[:2]
+    twice[1].results["systems"].append(row("engine-oracle", 4))
+    with pytest.raises(AssertionError, match="stands twice"):
+        table2(twice, half="lstm")
+
+
 def test_table2_shows_ranges_over_seeds() -> None:
     table = table2(operators(papers("lstm"), seeds=3), half="lstm")
     assert "| SX | 56.00 [55.00, 57.00] (20.0 [20.0, 20.0]) |" in table.ours
@@ -158,7 +182,7 @@ def test_table5_orders_the_ways_to_train() -> None:
     paper = list(TABLE5["IWSLT14 DE-EN"].values())
     table = table5(trained(*zip(*paper, strict=True)))
     assert verdicts(table) == [True, True]
-    assert table.ours.splitlines()[-1] == "| ENGINE | 51.98 | 19.55 |"
+    assert table.ours.splitlines()[-1] == "| ENGINE | 1 | 51.98 | 19.55 |"
     assert verdicts(table5(trained((50.0, 60.0, 10.0), (8.0, 9.0, 10.0)))) == [False, True]
     assert verdicts(table5(trained((60.0, 50.0, 55.0), (9.0, 8.0, 10.0)))) == [False, False]
 
@@ -172,6 +196,15 @@ def test_any_other_sweep_is_sorted_by_energy() -> None:
     assert table.rows[0]["energy"]["range"] == [10.0, 11.0]
     assert table.as_json()["published"] == {}
     assert "## The paper" not in markdown(table, {**HEADER})
+
+
+def test_other_teachers_are_not_ranked() -> None:
+    sweep = SweepConfig(grid={"teacher.optim.lr": [1e-3, 1e-4]})
+    energies = iter((20.0, 10.0))
+    measured = [Measured(trial, {"systems": [row("engine", 1, energy=next(energies))]}) for trial in trials_of(sweep)]
+    table = any_sweep(measured)
+    assert [line["trial"] for line in table.rows] == ["lr=0.001", "lr=0.0001"]
+    assert "The trials have different teachers" in table.ours
 
 
 def test_published_figures_are_the_papers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from engine_fast.cli.main import app
 from engine_fast.config import RunConfig, load_config
 from engine_fast.config.sweep import trials_of
 from engine_fast.errors import CheckpointError, ConfigError, DivergenceError, SweepError
 from engine_fast.recipes import stages
+from engine_fast.recipes import sweep as sweep_module
 from engine_fast.recipes.run import run
 from engine_fast.recipes.sweep import trial_config
 from engine_fast.recipes.tables import check_table
@@ -29,6 +33,14 @@ ONE_PASS = {**MEASURED, "systems": ["engine-oracle"]}
 PAIRS = {"engine.o1": ["SX", "ST"], "engine.o2": ["ST"], "engine.seed": [1, 2]}
 LABELS = [f"o1={o1},o2=ST,seed={seed}" for o1 in ("SX", "ST") for seed in (1, 2)]
 TIMES = {"sentences_per_second", "latency_ms", "num_ranks"}
+
+
+NETWORK = {"architecture": {"kind": "bilstm", "embedding_width": 8, "width": 8, "layers": 1, "max_positions": 32}}
+TRIALS = [
+    {"name": "references", "set": {"cmlm.data": "references", "evaluate.systems": ["cmlm-oracle"]}},
+    {"name": "distilled", "set": {"evaluate.systems": ["cmlm-oracle"]}},
+    {"name": "engine", "set": {"evaluate.systems": ["engine-oracle"]}},
+]
 
 
 def pairs(**sweep: Any) -> RunConfig:
@@ -109,6 +121,56 @@ def test_a_longer_sweep_runs_what_is_new(copied: Path) -> None:
         "o1=ST,o2=ST,seed=3",
     }
     assert json.loads((copied / "results.json").read_text())["num_seeds"] == 3
+
+
+def test_one_seed_grows_to_more_and_shows_no_range(copied: Path) -> None:
+    """As the shipped tables do: seed 1 is in the grid, and `--set sweep.grid.engine.seed=[1, 2]` keeps it."""
+    shutil.rmtree(copied / "trials" / LABELS[1])
+    said = go(pairs(grid={**PAIRS, "engine.seed": [1]}), copied)
+    assert "sweep: 2 trials, 2 of them done before" in said
+    text = (copied / "table2" / "table.md").read_text()
+    assert "seeds" not in text
+    assert "[" not in text.split("## This run")[1].split("## The paper")[0]
+    assert text.count("**not decided** (2 of 25 pairs)") == 2
+    said = go(pairs(), copied)
+    assert "sweep: 4 trials, 3 of them done before" in said
+    assert {line.split(":")[0] for line in said if line.startswith("o1=")} == {LABELS[1]}
+
+
+def test_pairs_that_never_improved_are_told(copied: Path) -> None:
+    for label, update in zip(LABELS, (0, 3, 3, 6), strict=True):
+        path = copied / "trials" / label / "engine" / "run.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "best_update": update}))
+    shutil.rmtree(copied / "table2")
+    go(pairs(), copied)
+    text = (copied / "table2" / "table.md").read_text()
+    assert "the network it started from: 1 of 2, marked with an asterisk: SX/ST (1 of 2 seeds)." in text
+    assert [row["unchanged"] for row in json.loads((copied / "results.json").read_text())["table"]["rows"]] == [1, 0]
+
+
+def test_a_trial_may_be_called_like_the_sweeps_stage(tmp_path: Path) -> None:
+    trials = [{"name": "sweep", "set": {"evaluate.beam": 2}}]
+    go(micro_config(sweep={"trials": trials}, evaluate={**MEASURED, "systems": ["teacher-greedy"]}), tmp_path)
+    assert (tmp_path / "sweep" / "table.md").is_file()
+
+
+def test_a_sweep_has_no_report(swept: Path) -> None:
+    for command in ("report", "evaluate"):
+        done = CliRunner().invoke(app, [command, str(swept)])
+        assert done.exit_code == 2
+        assert f"{swept}: holds a sweep, expected a single run. What it found is in {swept / 'table2'}/" in done.stderr
+
+
+def test_a_full_disk_ends_the_trial_all_the_same(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stages, "train_engine", failing)
+    monkeypatch.setattr(sweep_module, "write_json", failing)
+    said: list[str] = []
+    with pytest.raises(SweepError, match="4 of 4 trials are not done"):
+        run(pairs(), begun, say=said.append)
+    assert sum("failed, the other trials go on. Traceback" in line for line in said) == 4
 
 
 def test_a_failed_trial_is_named_and_tried_again(swept: Path, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,24 +292,25 @@ def test_a_run_without_sweep_lends_its_stages(tmp_path: Path) -> None:
 
 
 def test_table5_trains_each_network_once(tmp_path: Path) -> None:
-    trials = [
-        {"name": "references", "set": {"cmlm.data": "references", "evaluate.systems": ["cmlm-oracle"]}},
-        {"name": "distilled", "set": {"evaluate.systems": ["cmlm-oracle"]}},
-        {"name": "engine", "set": {"evaluate.systems": ["engine-oracle"]}},
-    ]
-    network = {"architecture": {"kind": "bilstm", "embedding_width": 8, "width": 8, "layers": 1, "max_positions": 32}}
-    config = micro_config(sweep={"trials": trials}, evaluate=MEASURED, cmlm=network, engine=network)
+    sweep = {"trials": TRIALS, "grid": {"engine.seed": [1, 2]}}
+    config = micro_config(sweep=sweep, evaluate=MEASURED, cmlm=NETWORK, engine=NETWORK)
     config = config.model_copy(update={"table": "table5"})
     go(config, tmp_path)
     made = {
-        name: {path.name for path in (tmp_path / "trials" / name).iterdir() if path.is_dir()}
+        name: {path.name for path in (tmp_path / "trials" / f"{name},seed=1").iterdir() if path.is_dir()}
         for name in ("references", "distilled", "engine")
     }
     assert made == {
         "references": {"cmlm", "evaluate"}, "distilled": {"cmlm", "evaluate"}, "engine": {"engine", "evaluate"}
     }  # fmt: skip
+    # the seed of ENGINE changes nothing in the other two: these are measured, and counted, once
+    assert not list((tmp_path / "trials").glob("[rd]*seed=2/evaluate"))
+    text = (tmp_path / "table5" / "table.md").read_text()
+    assert [line.split("|")[2].strip() for line in text.splitlines() if "| baseline (ref" in line][:1] == ["1"]
+    assert "means over 1 to 2 seeds" in text
     rows = json.loads((tmp_path / "results.json").read_text())["table"]["rows"]
     assert [row["training"] for row in rows] == ["references", "distilled", "engine"]
+    assert [row["num_seeds"] for row in rows] == [1, 1, 2]
     assert [row["system"] for row in rows] == ["cmlm-oracle.i1", "cmlm-oracle.i1", "engine-oracle.i1"]
 
 
@@ -255,7 +318,15 @@ def test_table5_trains_each_network_once(tmp_path: Path) -> None:
     ("table", "sections", "told"),
     [
         ("table3", {"sweep": {"grid": PAIRS}}, "table = 'table3', expected no sweep"),
-        ("table3", {"evaluate": {"iterations": [1]}}, r"evaluate.iterations = \[1\], expected two numbers or more"),
+        ("table3", {"evaluate": {"iterations": [1]}}, r"evaluate.iterations = \[1\], expected 1 and at least one"),
+        ("table3", {"evaluate": {"iterations": [4, 10]}}, r"evaluate.iterations = \[4, 10\], expected 1 and at"),
+        ("table3", {"engine": NETWORK}, "engine.architecture.kind = 'bilstm', expected a student that refines"),
+        ("table2", {"sweep": {"grid": PAIRS}, "evaluate": {**ONE_PASS, "iterations": [1, 4]}}, "one system for table2"),
+        (
+            "table5", {"sweep": {"trials": [*TRIALS[:2], {"name": "engine", "set": {}}]}, "evaluate": MEASURED},
+            "trial engine: evaluate.systems = .*, expected one system for table5",
+        ),
+        ("table5", {"sweep": {"trials": TRIALS, "grid": {"engine.o1": ["SX"]}}}, r"sweep.grid = \['engine.o1'\], exp"),
         ("table4", {"evaluate": {"systems": ["cmlm", "engine"]}}, "expected teacher-greedy among them for table4"),
         ("table2", {}, "sweep = None, expected the trials that table2 compares"),
         ("table2", {"sweep": {"grid": {**PAIRS, "engine.optim.lr": [1e-3]}}}, r"sweep = \['engine.optim.lr'\], exp"),
@@ -287,6 +358,26 @@ def test_every_table_and_sweep_goes_with_every_corpus(path: Path, base: Path | N
     for each in [config, *(trial_config(config, trial) for trial in trials)]:
         student, baseline = each.engine.architecture, each.cmlm.architecture
         assert student.model_copy(update={"dropout": 0.0}) == baseline.model_copy(update={"dropout": 0.0})
+
+
+@pytest.mark.parametrize("half", ["lstm", "transformer"])
+def test_more_seeds_keep_the_shipped_trials(half: str) -> None:
+    path = Path("configs/tables") / f"table2_{half}.yaml"
+    one, three = load_config(path).sweep, load_config(path, ["sweep.grid.engine.seed=[1, 2, 3]"]).sweep
+    assert one is not None
+    assert three is not None
+    grown = {trial.label: trial for trial in trials_of(three)}
+    assert len(grown) == 75
+    assert all(grown[trial.label] == trial for trial in trials_of(one))
+
+
+def test_a_trial_with_another_network_has_its_keys_alone() -> None:
+    grid = {"teacher.architecture.embedding_width": [8], "teacher.architecture.kind": ["lstm"]}
+    config = micro_config(sweep={"grid": grid})
+    assert config.sweep is not None
+    (trial,) = trials_of(config.sweep)
+    architecture = trial_config(config, trial).teacher.architecture
+    assert architecture.model_dump(exclude_unset=True) == {"kind": "lstm", "embedding_width": 8}
 
 
 def test_a_student_that_nobody_measures_is_not_trained(tmp_path: Path) -> None:
