@@ -1,4 +1,4 @@
-"""What a sweep costs besides its training steps: python -m benchmarks.bench_sweep [--pairs 25] [--updates 40]
+"""What a sweep costs besides its training steps: python -m benchmarks.bench_sweep [--pairs 25] [--updates 150]
 
 The 25 pairs of operators of configs/tables/table2_transformer.yaml on the demo corpus, in one process. Teacher and
 baseline get a few updates only, for nothing here depends on how good they are; what is timed begins when all that the
@@ -68,7 +68,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_sweep", description=__doc__)
     parser.add_argument("--config", default="configs/tables/table2_transformer.yaml")
     parser.add_argument("--pairs", type=int, default=25)
-    parser.add_argument("--updates", type=int, default=40)
+    parser.add_argument("--updates", type=int, default=150)
     parser.add_argument("--smoke", action="store_true", help="two pairs of ten updates; judge and write nothing")
     options = parser.parse_args()
     if options.smoke:

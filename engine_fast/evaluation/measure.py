@@ -47,10 +47,12 @@ def evaluate_systems(
     engine_dir: Path | None,
     world: World,
     say: Say,
+    known: dict[str, float] | None = None,
 ) -> dict[str, Any] | None:
     """Every system of systems_of(config.evaluate) on the configured split; every rank of `world` must call it.
 
-    A student that none of them is needs no directory.
+    A student that none of them is needs no directory. known: energies of references, to which this call adds its own,
+    so that the next one in this process need not measure them again.
 
     The ranks decode and score shares of the batches; rank 0 computes the rest, prints and writes. But for times, the
     result is the same at any number of ranks. Energies are discrete, nats a sentence, mean over the split, under the
@@ -66,7 +68,7 @@ def evaluate_systems(
     with world.together():
         bench = _Bench(config, prepared, world, {"teacher": teacher_dir, "cmlm": cmlm_dir, "engine": engine_dir})
     require_agreement(world, bench.shared, "evaluate")
-    reference_energy = bench.mean_energy(bench.reference_ids, "the references")
+    reference_energy = bench.reference_energy({} if known is None else known)
     with world.together():
         records = Records(directory, bench.inputs)
         found = {}
@@ -121,17 +123,23 @@ class _Bench:
 
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self._settings.precision]
         self._models: dict[str, Teacher | Student] = {
-            role: load_model(path / "model", dtype=dtype, device=world.device).model
+            role: load_model(
+                path / "model", dtype=dtype, device=world.device, kind="teacher" if role == "teacher" else "student"
+            ).model
             for role, path in directories.items()
         }
         students = [model for model in self._models.values() if isinstance(model, Student)]
         self.systems = systems_of(self._settings, refine=all(student.refines for student in students))
-        judge = load_model(directories["teacher"] / "model", dtype=torch.float32, device=world.device, kind="teacher")
-        self._judge = _teacher(judge.model)
+        judge = self._models["teacher"]
+        if dtype != torch.float32:
+            path = directories["teacher"] / "model"
+            judge = load_model(path, dtype=torch.float32, device=world.device, kind="teacher").model
+        self._judge = _teacher(judge)
         longest = min(model.max_positions for model in self._models.values())
         self.num_cut = int((self._corpus.source_lengths > longest).sum())
         # a model's config.json holds the hash of its weights, which load_model has compared
         models = {role: (path / "model" / "config.json").read_text("utf-8") for role, path in directories.items()}
+        self._judged_by = models["teacher"]
         facts = {"settings": self._settings.model_dump(mode="json"), "models": models, "versions": versions()}
         self.shared = {name: json.dumps(fact, sort_keys=True) for name, fact in facts.items()}
         """What all ranks must have in common."""
@@ -159,6 +167,13 @@ class _Bench:
                 label=label, max_tokens=self._settings.max_tokens, world=self._world,
             )  # fmt: skip
         return math.fsum(merge(self._world.gather(share), len(ids))) / len(ids)
+
+    def reference_energy(self, known: dict[str, float]) -> float:
+        """mean_energy of the references."""
+        key = json.dumps([self._judged_by, self.shared["data"], self._settings.split, self._settings.max_tokens])
+        if key not in known:
+            known[key] = self.mean_energy(self.reference_ids, "the references")
+        return known[key]
 
     def measure(self, system: System, ids: list[list[int]], seconds: float, energy: float) -> Measured:
         """The system's row but for its latency."""

@@ -52,7 +52,7 @@ def build_stages(
     Args: out: where each stage has a directory of its name. shared: stages of other graphs by what identities() gives;
         one that does the same work as a stage of this graph stands in its place, with its directory.
         prepare_stage: of a run with the same seed and data, whose text then need not be hashed again. reuse: what the
-        ENGINE stages of several graphs load and compute once.
+        stages of several graphs load and compute once.
     """
     bodies = _Bodies(config, world, say, reuse)
     stages = _drafts(config, bodies, prepare_stage)
@@ -110,6 +110,7 @@ class _Bodies:
         measured = evaluate_systems(
             self._config, self._prepared(), directory, world=self._world, say=self._say, teacher_dir=self._teacher(),
             cmlm_dir=self.directories.get("cmlm"), engine_dir=self.directories.get("engine"),
+            known=None if self._reuse is None else self._reuse.reference_energies,
         )  # fmt: skip
         if measured is not None:
             provenance = _provenance(self._config, self.directories, self._world)

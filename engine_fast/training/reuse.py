@@ -1,4 +1,4 @@
-"""What the ENGINE stages of several trials in one process load and compute once.
+"""What the stages of several trials in one process load and compute once.
 
 B sentences, S source positions.
 """
@@ -29,6 +29,8 @@ class Reuse:
         self._max_bytes, self._bytes = max_bytes, 0
         self._teachers: dict[Hashable, Teacher] = {}
         self._encoded: dict[tuple[Hashable, bytes], Any] = {}
+        self.reference_energies: dict[str, float] = {}
+        """What evaluations have found of the references."""
 
     def teacher(self, origin: Hashable, load: Callable[[], Teacher]) -> Teacher:
         """load(), once for each origin, which must say all that decides the result. Nobody may change the teacher."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine_fast.config import RunConfig
 from engine_fast.data.prepare import Prepared, prepare
@@ -99,6 +100,32 @@ def test_ranks_find_what_one_finds(trained: Trained, alone: Any, tmp_path: Path,
     assert {row["num_ranks"] for row in results["systems"]} == {size}
     assert (untimed(results), outputs(tmp_path)) == alone
     assert [line.split()[0] for line in said] == LABELS  # once each, by rank 0
+
+
+def test_references_are_scored_once_for_several_evaluations(
+    trained: Trained, alone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And systems that nobody asked for need no model."""
+    scored: list[str] = []
+    share = measure.score_share
+
+    def counting(*args: Any, label: str, **more: Any) -> Any:
+        scored.append(label)
+        return share(*args, label=label, **more)
+
+    monkeypatch.setattr(measure, "score_share", counting)
+    known: dict[str, float] = {}
+    evaluate = trained.config.evaluate.model_copy(update={"systems": ["engine-oracle"]})
+    for name in ("first", "second"):
+        results = evaluate_systems(
+            trained.config.model_copy(update={"evaluate": evaluate}), Prepared.open(trained.base / "data"),
+            tmp_path / name, world=World(0, 1, torch.device("cpu")), say=[].append, known=known,
+            teacher_dir=trained.base / "teacher", cmlm_dir=None, engine_dir=trained.base / "engine",
+        )  # fmt: skip
+        assert results is not None
+        assert results["references"] == alone[0]["references"]
+        assert [row["label"] for row in results["systems"]] == ["engine-oracle.i1"]
+    assert scored == ["the references", "engine-oracle.i1", "engine-oracle.i1"]
 
 
 def test_sentences_a_second_are_those_of_one_rank(
