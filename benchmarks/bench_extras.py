@@ -6,7 +6,8 @@ RUN is a directory of `engine-fast run` whose stages prepare, teacher, cmlm (and
 model directory of a right-to-left teacher of the same vocabularies. Every variant trains ENGINE from RUN's CMLM, in
 DIR/<variant>, with nothing but its own setting changed; one that is finished is not trained, or measured, again. Kept
 is the update of lowest dev energy (paper, section 4.4), for dev BLEU goes up and down by a point from one to the next.
-"together" has the extras whose dev BLEU was above plain ENGINE's; "plain_other_seed" shows what chance alone does.
+"together" has the extras whose dev BLEU was above plain ENGINE's, if there are several, or those of --together;
+"plain_other_seed" shows what chance alone does.
 Writes benchmarks/results/extras.json and extras.md.
 """
 
@@ -211,8 +212,8 @@ def together(found: dict[str, dict[str, Any]]) -> list[str]:
     return [name for name in VARIANTS if name in found and found[name]["dev"]["bleu"] > plain]
 
 
-def run(bench: Bench, only: list[str]) -> dict[str, Any]:
-    """Train and measure everything; returns what extras.json holds."""
+def run(bench: Bench, only: list[str], combined: list[str] | None = None) -> dict[str, Any]:
+    """Train and measure everything; returns what extras.json holds. combined: instead of together()'s choice."""
     torch.set_num_threads(bench.threads)
     judge = Judge(bench)
     texts: dict[str, list[str]] = {}
@@ -235,8 +236,9 @@ def run(bench: Bench, only: list[str]) -> dict[str, Any]:
         add(name, VARIANTS[name])
     add(OTHER_SEED, {"seed": judge.config.seed + 1})
     helped = together(found)
-    if len(helped) > 1:
-        add(TOGETHER, {key: value for name in helped for key, value in VARIANTS[name].items()})
+    combined = helped if combined is None else combined
+    if len(combined) > 1:
+        add(TOGETHER, {key: value for name in combined for key, value in VARIANTS[name].items()})
     bootstraps = paired_bootstrap(
         "plain/own", texts, judge.references,
         samples=judge.config.evaluate.bootstrap_samples or 1000, tokenize=judge.tokenize,
@@ -252,6 +254,7 @@ def run(bench: Bench, only: list[str]) -> dict[str, Any]:
         "length_beam": judge.config.evaluate.engine_length_beam,
         "signature": signatures(len(judge.references), tokenize=judge.tokenize)["bleu"],
         "helped_on_dev": helped,
+        "combined": combined,
         "before": before,
         "variants": found,
     }
@@ -282,9 +285,10 @@ def main() -> int:
     parser.add_argument("--updates", type=int, default=250, help="of each variant")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="beside plain")
+    parser.add_argument("--together", nargs="+", choices=list(VARIANTS), help="what to combine, instead of what helped")
     options = parser.parse_args()
     bench = Bench(options.run, options.right_to_left, options.work, options.updates, options.threads)
-    content = run(bench, list(dict.fromkeys(["plain", *options.only])))
+    content = run(bench, list(dict.fromkeys(["plain", *options.only])), options.together)
     path = harness.write_results("extras", content)
     (path.with_suffix(".md")).write_text(extras_table.markdown(content), encoding="utf-8")
     print(extras_table.markdown(content))

@@ -14,7 +14,6 @@ TITLES = {
     "o1_temperature": "+ O1 temperature 1 to 0.1",
     "predicted_lengths": "+ predicted lengths",
     "repetition": "+ repetition term",
-    "together": "+ all that helped on dev",
     "plain_other_seed": "ENGINE, another seed",
 }
 _COLUMNS = (
@@ -40,16 +39,19 @@ def markdown(results: Mapping[str, Any]) -> str:
         "|---" + "|---:" * (len(_COLUMNS) - 1) + "|",
     ]
     for name, each in {**results["before"], **results["variants"]}.items():
-        lines.append("| " + " | ".join(_cells(name, each)) + " |")
+        lines.append("| " + " | ".join([_title(name, results), *_cells(each)]) + " |")
     lines += ["", *(f"- {sentence}" for sentence in _sentences(results)), "", f"BLEU: {results['signature']}", ""]
     return "\n".join(lines)
 
 
-def _cells(name: str, each: Mapping[str, Any]) -> list[str]:
+def _title(name: str, results: Mapping[str, Any]) -> str:
+    return TITLES.get(name) or " ".join(TITLES[each] for each in results["combined"])
+
+
+def _cells(each: Mapping[str, Any]) -> list[str]:
     own = each.get("own") or each["greedy"]
     rerank, oracle = each.get("rerank", {}), each.get("oracle", {})
     return [
-        TITLES[name],
         _form(own["bleu"], ".2f"), _form(own.get("bleu_interval"), ".2f"), _form(own.get("p_value"), ".3f"),
         _form(rerank.get("bleu"), ".2f"), _form(oracle.get("bleu"), ".2f"),
         _form(own["energy"], ".2f"), _form(rerank.get("energy"), ".2f"), _form(own["energy_right_to_left"], ".2f"),
@@ -66,14 +68,16 @@ def _form(value: float | None, form: str) -> str:
 def _sentences(results: Mapping[str, Any]) -> list[str]:
     """What each extra changed, with its p value; nothing is called a gain that chance could have made."""
     variants = results["variants"]
-    plain, found = variants["plain"], []
+    plain = variants["plain"]
+    better = [TITLES[name].removeprefix("+ ") for name in results["helped_on_dev"]]
+    found = [f"Higher dev BLEU than ENGINE ({plain['dev']['bleu']:.2f}, one length): {', '.join(better) or 'none'}."]
     for name, each in variants.items():
         if name == "plain":
             continue
         own, p = each["own"], each["own"]["p_value"]
         verdict = "not significant" if p >= _SIGNIFICANT else "significant"
         found.append(
-            f"{TITLES[name].removeprefix('+ ')}: {own['bleu'] - plain['own']['bleu']:+.2f} BLEU "
+            f"{_title(name, results).removeprefix('+ ')}: {own['bleu'] - plain['own']['bleu']:+.2f} BLEU "
             f"(p = {p:.3f}, {verdict}), {each['rerank']['bleu'] - plain['rerank']['bleu']:+.2f} reranked; energy "
             f"{own['energy'] - plain['own']['energy']:+.2f} nats; repeated {own['repetition']:.2%} against "
             f"{plain['own']['repetition']:.2%}; own gap {each['own_gap']:.2f} against {plain['own_gap']:.2f}."
