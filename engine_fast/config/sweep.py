@@ -139,6 +139,8 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key!r} is no key that a trial may set: section.key of {', '.join(SECTIONS)}")
         if key == "evaluate.split":
             raise ValueError("evaluate.split would compare figures of two corpora. Set it for the whole run")
+        if key in ("teacher.pretrained", "teacher.pretrained.path", "teacher.pretrained.revision"):
+            raise ValueError(f"{key} may bring another vocabulary, and the trials share one. Make a run of each")
     return values
 
 

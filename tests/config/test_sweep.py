@@ -63,6 +63,7 @@ def test_labels_are_names_of_directories() -> None:
         ({"grid": {"engine": [1]}}, "'engine' is no key"),
         ({"grid": {"evaluate.split": ["valid", "test"]}}, "evaluate.split would compare figures of two corpora"),
         ({"trials": [{"name": "a", "set": {"evaluate": {"split": "test"}}}]}, "evaluate.split would compare"),
+        ({"grid": {"teacher.pretrained.path": ["a", "b"]}}, "may bring another vocabulary"),
         ({"trials": [{"name": "a/b", "set": {}}]}, "sweep.trials.0.name"),
         ({"trials": [{"name": "..", "set": {}}]}, "sweep.trials.0.name"),
         ({"trials": [{"name": "-a", "set": {}}]}, "sweep.trials.0.name"),
