@@ -18,7 +18,7 @@ TITLES = {
 }
 _COLUMNS = (
     "system", "BLEU", "+-", "p", "reranked", "oracle", "energy", "reranked", "R2L energy", "repeated", "reranked",
-    "gap", "own gap", "dev BLEU", "seconds",
+    "gap", "own gap", "dev BLEU",
 )  # fmt: skip
 _SIGNIFICANT = 0.05
 
@@ -31,9 +31,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"One pass, {results['length_beam']} length candidates chosen by the student, or (reranked) by the energy of "
         f"the left-to-right teacher; oracle: the reference's length. {results['updates']} updates of each ENGINE, that "
         "of lowest dev energy kept. One seed: a difference from ENGINE that another seed makes too means nothing. +-: "
-        "half of the 95% bootstrap interval; p: paired bootstrap against ENGINE. Energies: nats a sentence, "
-        "left-to-right teacher but for R2L. gap: discrete minus relaxed energy with the reference's lengths, O1's "
-        "temperature 1; own gap: at that of the kept update. seconds: of training, on a machine that others used too.",
+        "half of the 95% bootstrap interval; p: paired bootstrap against ENGINE, over sentences, not seeds. Energies: "
+        "nats a sentence, left-to-right teacher but for R2L. gap: discrete minus relaxed energy with the reference's "
+        "lengths, O1's temperature 1; own gap: at that of the kept update.",
         "",
         "| " + " | ".join(_COLUMNS) + " |",
         "|---" + "|---:" * (len(_COLUMNS) - 1) + "|",
@@ -57,7 +57,7 @@ def _cells(each: Mapping[str, Any]) -> list[str]:
         _form(own["energy"], ".2f"), _form(rerank.get("energy"), ".2f"), _form(own["energy_right_to_left"], ".2f"),
         _form(own["repetition"], ".2%"), _form(rerank.get("repetition"), ".2%"),
         _form(each.get("gap"), ".2f"), _form(each.get("own_gap"), ".2f"),
-        _form(each.get("dev", {}).get("bleu"), ".2f"), _form(each.get("training_seconds"), ".0f"),
+        _form(each.get("dev", {}).get("bleu"), ".2f"),
     ]  # fmt: skip
 
 
@@ -71,6 +71,8 @@ def _sentences(results: Mapping[str, Any]) -> list[str]:
     plain = variants["plain"]
     better = [TITLES[name].removeprefix("+ ") for name in results["helped_on_dev"]]
     found = [f"Higher dev BLEU than ENGINE ({plain['dev']['bleu']:.2f}, one length): {', '.join(better) or 'none'}."]
+    if results["combined"] != results["helped_on_dev"]:
+        found.append("What was combined was named by hand (--together), not chosen by the dev set: take it as a hint.")
     for name, each in variants.items():
         if name == "plain":
             continue
