@@ -34,6 +34,8 @@ def _load() -> str:
 
 PROBLEM = _load()
 """Why the compiled operators cannot be used; empty where they can."""
+_HAS_CUDA = not PROBLEM and bool(extension.build_info()["cuda"])
+"""Read once: every call asks, it costs a file, and torch.compile does not trace files."""
 
 _forced: Implementation | None = None
 _check_finite: bool = os.environ.get("ENGINE_FAST_CHECK_FINITE", "0") not in ("", "0")
@@ -153,7 +155,7 @@ def autocast(*tensors: _T) -> list[_T]:
 
 
 def _missing_for(device: str) -> str:
-    if device == "cpu" or (device == "cuda" and extension.build_info()["cuda"]):
+    if device == "cpu" or (device == "cuda" and _HAS_CUDA):
         return ""
     hint = " Rebuild with ENGINE_FAST_CUDA=1." if device == "cuda" else ""
     return f"engine_fast._C has no kernels for {device}.{hint}"
