@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from engine_fast import __version__, ops
 from engine_fast.config import AnyArchitecture, RunConfig, TrainConfig
+from engine_fast.data.atomic import sha256_of
 from engine_fast.data.corpus import ParallelCorpus
 from engine_fast.data.prepared import Prepared
 from engine_fast.data.shards import MANIFEST
@@ -26,7 +27,7 @@ from engine_fast.training.export import assemble
 from engine_fast.training.feeding import Feeder, Subset, fitting
 from engine_fast.training.interrupt import catching_signals
 from engine_fast.training.loop import StageName, Trainer
-from engine_fast.training.networks import hash_file, require_shardable
+from engine_fast.training.networks import require_shardable
 from engine_fast.training.run_directory import RunDirectory
 from engine_fast.training.seeding import derive
 from engine_fast.training.validation import BleuSet, Decode, Validator
@@ -107,8 +108,8 @@ class Job:
         inputs = {
             "source vocabulary": self.prepared.source_vocabulary.fingerprint,
             "target vocabulary": self.prepared.target_vocabulary.fingerprint,
-            "training corpus": hash_file(self.corpora[0].directory / MANIFEST),
-            "dev set": hash_file(self.corpora[1].directory / MANIFEST),
+            "training corpus": sha256_of(self.corpora[0].directory / MANIFEST),
+            "dev set": sha256_of(self.corpora[1].directory / MANIFEST),
         }
         for name, path in self.models.items():
             inputs[f"{name} model"] = fingerprint(stage_model(path))

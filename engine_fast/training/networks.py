@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Literal, cast
 
@@ -10,7 +9,7 @@ import torch
 
 from engine_fast.config import EngineConfig, RunConfig
 from engine_fast.data.prepared import Prepared
-from engine_fast.errors import CheckpointError, VocabularyError, require
+from engine_fast.errors import VocabularyError, require
 from engine_fast.models import Student, Teacher, freeze, load_model
 from engine_fast.models.store import LoadedModel, new_network, stage_model
 from engine_fast.training.seeding import seed_torch
@@ -79,14 +78,3 @@ def require_shardable(model: Teacher | Student, key: str, got: object, wanted: s
         key, got, f"{wanted} for an LSTM with input feeding",
         "It gathers weights at every position, and ranks have sentences of other lengths. Or set input_feeding: false.",
     )  # fmt: skip
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file that belongs to a corpus. Raises CheckpointError."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}). Give a directory that holds a corpus."
-        ) from error

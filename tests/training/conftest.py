@@ -12,7 +12,7 @@ import yaml
 
 from engine_fast.config import RunConfig, parse_config
 from engine_fast.data.prepare import Prepared, prepare
-from engine_fast.training import loop, train_teacher
+from engine_fast.training import loop, train_cmlm, train_teacher
 from engine_fast.training.metrics import read_metrics
 
 ARCHITECTURE = {
@@ -111,6 +111,15 @@ def teach(prepared: Prepared, tmp_path: Path) -> Teach:
 def plain_teacher(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an uninterrupted run of the tiny configuration leaves. Not to be written to."""
     return Teach(prepared, tmp_path_factory.mktemp("plain"))()
+
+
+@pytest.fixture(scope="session")
+def cmlm(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished CMLM stage of two updates; only read from."""
+    directory = tmp_path_factory.mktemp("cmlm") / "cmlm"
+    corpus, valid = prepared.split("train"), prepared.split("valid")
+    train_cmlm(make_config(cmlm__max_updates=2), prepared, corpus, directory, valid_corpus=valid)
+    return directory
 
 
 @contextlib.contextmanager

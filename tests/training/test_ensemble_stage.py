@@ -12,7 +12,7 @@ from engine_fast.errors import CheckpointError, ConfigError, VocabularyError
 from engine_fast.models import Transformer, load_model, save_model
 from engine_fast.models.store import fingerprint
 from engine_fast.recipes.stages import build_stages
-from engine_fast.training import Interrupted, train_cmlm, train_engine
+from engine_fast.training import Interrupted, train_engine
 from engine_fast.training.ensemble import member_hashes
 from engine_fast.training.export import export
 
@@ -25,14 +25,6 @@ def backward(prepared, tmp_path_factory):
     architecture = {**ARCHITECTURE, "width": 8, "ffn_width": 24}
     teach = Teach(prepared, tmp_path_factory.mktemp("backward"))
     return teach(teacher__right_to_left=True, teacher__architecture=architecture)
-
-
-@pytest.fixture(scope="module")
-def cmlm(prepared, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("cmlm") / "cmlm"
-    corpus, valid = prepared.split("train"), prepared.split("valid")
-    train_cmlm(make_config(cmlm__max_updates=2), prepared, corpus, directory, valid_corpus=valid)
-    return directory
 
 
 @pytest.fixture

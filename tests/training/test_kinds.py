@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine_fast.decoding import Translator
-from engine_fast.errors import ConfigError
+from engine_fast.errors import CheckpointError, ConfigError
 from engine_fast.models import Student, Teacher, load_model
 from engine_fast.training.export import export
 from engine_fast.training.stages import train_cmlm, train_engine, train_teacher
@@ -112,3 +112,11 @@ def test_input_feeding_is_not_sharded(prepared, trained, tmp_path):
 def test_an_lstm_is_not_compiled(prepared, tmp_path):
     with pytest.raises(ConfigError, match=r"compile = true with architecture.kind = 'lstm'"):
         train_teacher(config_of("lstm", "cmlm", teacher__compile=True), prepared, tmp_path / "x")
+
+
+def test_a_model_of_the_wrong_kind_is_refused(prepared, plain_teacher, tmp_path):
+    with pytest.raises(CheckpointError, match="expected a student model"):
+        train_engine(
+            make_config(), prepared, prepared.split("train"), tmp_path / "engine",
+            valid_corpus=prepared.split("valid"), teacher_dir=plain_teacher, cmlm_dir=plain_teacher,
+        )  # fmt: skip

@@ -391,11 +391,3 @@ def test_another_vocabulary_is_refused(prepared, plain_teacher, tmp_path):
             config, other, other.split("train"), tmp_path / "y",
             valid_corpus=other.split("valid"), teacher_dir=plain_teacher,
         )  # fmt: skip
-
-
-def test_a_model_of_the_wrong_kind_is_refused(prepared, plain_teacher, tmp_path):
-    with pytest.raises(CheckpointError, match="expected a student model"):
-        train_engine(
-            make_config(), prepared, prepared.split("train"), tmp_path / "engine",
-            valid_corpus=prepared.split("valid"), teacher_dir=plain_teacher, cmlm_dir=plain_teacher,
-        )  # fmt: skip

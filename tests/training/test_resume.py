@@ -184,14 +184,6 @@ def test_a_rank_whose_disk_is_full_stops_both(parts, rank):
 # ---------------------------------------------------------------- no state of a generator, no teacher
 
 
-@pytest.fixture(scope="module")
-def cmlm(prepared, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("cmlm") / "cmlm"
-    corpus, valid = prepared.split("train"), prepared.split("valid")
-    train_cmlm(make_config(cmlm__max_updates=2), prepared, corpus, directory, valid_corpus=valid)
-    return directory
-
-
 @pytest.fixture
 def student(prepared, plain_teacher, cmlm):
     """Train an ENGINE student whose every part draws: dropout on both sides, masks, Gumbel noise."""
