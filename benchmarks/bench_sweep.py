@@ -77,7 +77,7 @@ def main() -> int:
     figures = measure(options.config, options.pairs, options.updates)
     content: dict[str, Any] = {"pairs": options.pairs, "updates": options.updates, **figures}
     print(json.dumps(content, indent=2))
-    print(harness.write_results("sweep", content))
+    print(harness.write_results(f"sweep_{options.updates}", content))
     problems = harness.judge(figures, harness.floors("sweep"))
     for problem in problems:
         print(problem, file=sys.stderr)
