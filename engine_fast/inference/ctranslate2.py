@@ -1,0 +1,1 @@
+"""A transformer teacher in the layout of CTranslate2."""
