@@ -32,7 +32,7 @@ def require_exportable(loaded: LoadedModel) -> Transformer:
         raise CheckpointError(
             f"a {model.kind} model cannot be written for CTranslate2, expected a transformer teacher: "
             "it has no layers for the others. "
-            + ("Students have --format torch." if model.kind in ("cmlm", "tagger") else "Use engine_fast.load.")
+            + ("Take --format onnx." if model.kind == "cmlm" else "Use engine_fast.load.")
         )
     if model.right_to_left:
         raise CheckpointError(

@@ -35,8 +35,7 @@ class Student:
         self.description: dict[str, Any] = json.loads((directory / "export.json").read_text(encoding="utf-8"))
         self.max_positions = int(self.description["max_positions"])
         files = {side: entry["file"] for side, entry in self.description["vocabularies"].items()}
-        self.source = read_vocabulary(directory / files["source"])
-        self.target = self.source if files["source"] == files["target"] else read_vocabulary(directory / files["target"])
+        self.source, self.target = (read_vocabulary(directory / files[side]) for side in ("source", "target"))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
