@@ -12,6 +12,7 @@ import copy
 import logging
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,24 +90,38 @@ def require_exportable(loaded: LoadedModel) -> CMLM:
     return model
 
 
-def export_onnx(to: Path, loaded: LoadedModel, *, readme: str, quantization: str = "float32") -> None:
+def export_onnx(
+    to: Path,
+    loaded: LoadedModel,
+    *,
+    readme: str,
+    quantization: str = "float32",
+    programs: Mapping[str, Any] | None = None,
+) -> None:
     """Write `to`: encode.onnx, decode.onnx (see Encode and Decode; every size but D and V is free), the vocabularies
     and translate.py, which needs numpy, onnxruntime and sentencepiece.
 
     quantization: float32, or int8: weights of the matrix products stored in 8 bits, their inputs rounded as they come,
-    by onnxruntime. An older export at `to` is replaced once the new one is whole.
+    by onnxruntime. programs: what trace_programs made of this model, to write it in several forms.
+    An older export at `to` is replaced once the new one is whole.
     Raises CheckpointError (another kind of model), VocabularyError, ConfigError (onnx is not installed, unknown
     quantization), DataError (`to` cannot be written).
     """
-    model = copy.deepcopy(require_exportable(loaded)).cpu().float().eval().requires_grad_(False)
+    model = require_exportable(loaded)
     require(quantization in QUANTIZATIONS, "quantization", quantization, " or ".join(QUANTIZATIONS))
     with export_directory(
         to, loaded, form="onnx", readme=readme, quantization=quantization, refines=model.refines
     ) as fresh:
-        for name, program in (("encode", _trace_encode(model)), ("decode", _trace_decode(model))):
+        for name, program in (programs or trace_programs(model)).items():
             _save(program, fresh / f"{name}.onnx", quantization)
         program_text = Path(__file__).with_name("standalone.py").read_text(encoding="utf-8")
         (fresh / "translate.py").write_text(program_text, encoding="utf-8")
+
+
+def trace_programs(model: CMLM) -> dict[str, Any]:
+    """{"encode": .., "decode": ..}, torch.onnx's programs of Encode and Decode in float32. Raises ConfigError."""
+    model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    return {"encode": _trace_encode(model), "decode": _trace_decode(model)}
 
 
 def _dimensions(model: CMLM) -> dict[str, Any]:
