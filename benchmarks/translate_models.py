@@ -22,7 +22,7 @@ from engine_fast.data.symbols import EOS
 from engine_fast.data.vocabulary import DictionaryVocabulary, Vocabulary
 from engine_fast.inference.ctranslate2 import export_ctranslate2
 from engine_fast.inference.onnx import export_onnx, trace_programs
-from engine_fast.models import CMLM, LoadedModel, Transformer, load_model, save_model
+from engine_fast.models import CMLM, LoadedModel, Student, Teacher, Transformer, load_model, save_model
 from engine_fast.models.store import stage_model
 
 SOURCE, TARGET = 26, 27
@@ -79,7 +79,7 @@ def paper(scratch: Path, size: Size, needed: Collection[str], *, num_lines: int)
     torch.manual_seed(1)
     words = DictionaryVocabulary([f"w{number}" for number in range(size.vocabulary - 5)])
     v = len(words)
-    networks = {
+    networks: dict[str, Teacher | Student] = {
         "teacher": _never_ends(Transformer(size.architecture(), v, v)),
         "deep": _never_ends(Transformer(size.architecture(size.deep, 1), v, v)),
         "student": _fixed_lengths(CMLM(size.architecture(), v, v)),

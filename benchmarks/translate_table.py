@@ -56,9 +56,7 @@ def write(content: Mapping[str, Any], folder: Path) -> None:
     if rows:
         figure = draw(rows)
         for suffix in ("png", "svg"):
-            figure.savefig(
-                folder / f"translate.{suffix}", dpi=150, metadata={"Date": None} if suffix == "svg" else None
-            )
+            figure.savefig(folder / f"translate.{suffix}", dpi=150)
 
 
 def draw(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
