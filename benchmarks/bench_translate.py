@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,6 +41,7 @@ from engine_fast.evaluation.metrics import corpus_bleu, signatures
 BATCHES = (1, 8, 32, 128)
 SENTENCES = {1: 24, 8: 32, 32: 64, 128: 128}
 """Translated in one measurement, if the cap allows."""
+LENGTHS = ((1, "1 length"), (3, "3 lengths"))
 ROUNDS = 3
 _TEACHER = "@teacher"
 """Stands for the teacher's directory in a system's options."""
@@ -49,47 +51,48 @@ SMOKE = ("student 1 length fp32", "student 3 lengths onnx fp32", "teacher greedy
          "transformers greedy fp32")  # fmt: skip
 
 
-def systems(part: str, only: Sequence[str] | None = None) -> list[System]:
+def systems(part: str, *, device: str = "cpu", only: Sequence[str] | None = None) -> list[System]:
     """All that take part, the students first; only: names, or how they start."""
-
-    def student(name: str, **options: Any) -> System:
-        return System(f"student {name}", "ours", "student", options)
-
-    found = [
-        student(f"{count} {precision}", precision=precision, length_beam=lengths)
-        for lengths, count in ((1, "1 length"), (3, "3 lengths"))
-        for precision in ("fp32", "bf16")
-    ]
+    found = [_ours("student", f"{count} {precision}", precision=precision, length_beam=lengths)
+             for lengths, count in LENGTHS for precision in _precisions(device)]  # fmt: skip
+    stored = {"fp32": "float32", "int8": "int8"}
+    if device == "cpu":
+        found += [System(f"student {count} onnx {short}", "onnx", f"student-{form}", {"length_beam": lengths})
+                  for lengths, count in LENGTHS for short, form in stored.items()]  # fmt: skip
     found += [
-        System(f"student {count} onnx {short}", "onnx", f"student-{stored}", {"length_beam": lengths})
-        for lengths, count in ((1, "1 length"), (3, "3 lengths"))
-        for stored, short in (("float32", "fp32"), ("int8", "int8"))
+        _ours("student", "3 lengths reranked bf16", precision="bf16", length_beam=3, teacher=_TEACHER),
+        _ours("student", "1 length 4 passes bf16", precision="bf16", length_beam=1, iterations=4),
+        _ours("teacher", "greedy fp32", beam=1),
+        _ours("teacher", "greedy bf16", beam=1, precision="bf16"),
+        _ours("teacher", "beam 5 fp32", beam=5),
     ]
-    found += [
-        student("3 lengths reranked bf16", precision="bf16", length_beam=3, teacher=_TEACHER),
-        student("1 length 4 passes bf16", precision="bf16", length_beam=1, iterations=4),
-        System("teacher greedy fp32", "ours", "teacher", {"beam": 1}),
-        System("teacher greedy bf16", "ours", "teacher", {"beam": 1, "precision": "bf16"}),
-        System("teacher beam 5 fp32", "ours", "teacher", {"beam": 5}),
-    ]
-    found += [
-        System(
-            f"ctranslate2 {search} {short}",
-            "ctranslate2",
-            f"teacher-{stored}",
-            {"beam": beam, "compute_type": stored},
-        )
-        for stored, short in (("float32", "fp32"), ("int8", "int8"))
-        for beam, search in ((1, "greedy"), (5, "beam 5"))
-    ]
+    if device == "cuda":
+        stored = {"fp32": "float32", "fp16": "float16", "int8": "int8_float16"}
+    found += [_ctranslate2(search, beam, short, form)
+              for short, form in stored.items() for beam, search in ((1, "greedy"), (5, "beam 5"))]  # fmt: skip
     if part == "paper":
         found += [
             System("teacher 12-1 greedy fp32", "ours", "deep", {"beam": 1}),
-            System("ctranslate2 12-1 greedy int8", "ctranslate2", "deep-int8", {"beam": 1, "compute_type": "int8"}),
+            _ctranslate2("12-1 greedy", 1, "int8", stored["int8"], model="deep"),
             System("transformers greedy fp32", "huggingface", "marian", {"beam": 1}),
             System("transformers beam 5 fp32", "huggingface", "marian", {"beam": 5}),
         ]
     return [system for system in found if only is None or system.name.startswith(tuple(only))]
+
+
+def _ours(model: str, name: str, **options: Any) -> System:
+    return System(f"{model} {name}", "ours", model, options)
+
+
+def _ctranslate2(search: str, beam: int, short: str, compute_type: str, *, model: str = "teacher") -> System:
+    form = "int8" if short == "int8" else "float32"
+    return System(
+        f"ctranslate2 {search} {short}", "ctranslate2", f"{model}-{form}", {"beam": beam, "compute_type": compute_type}
+    )
+
+
+def _precisions(device: str) -> tuple[str, ...]:
+    return ("fp32", "bf16")
 
 
 class Process:
@@ -147,7 +150,13 @@ def race(
     processes = []
     try:
         for system in chosen:
-            processes.append(Process(system, materials, threads, device))
+            try:
+                processes.append(Process(system, materials, threads, device))
+            except RuntimeError as error:
+                if device == "cpu" or system.engine != "ctranslate2":
+                    raise
+                say(f"{part}: left out, for it does not run on this device. {error}")
+                continue
             rows[system.name] = {"engine": system.engine, "model": system.model, "options": system.options}
             rows[system.name] |= processes[-1].loaded
             calls[system.name] = {batch: [] for batch in sentences}
@@ -221,6 +230,7 @@ def figures(parts: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, f
     peer, whole = "ctranslate2 greedy int8", "ctranslate2 greedy fp32"
     three = fastest("student 3 lengths", "p50")
     ratio("latency_over_ctranslate2_int8", fastest(peer, "p50"), three)
+    ratio("latency_over_ctranslate2", fastest("ctranslate2 greedy", "p50"), three)
     ratio("latency_over_teacher", fastest("teacher greedy", "p50"), three)
     ratio("throughput_over_ctranslate2_int8_one_length", fastest("student 1 length", "best"), fastest(peer, "best"))
     ratio("throughput_over_ctranslate2_int8", fastest("student 3 lengths", "best"), fastest(peer, "best"))
@@ -239,6 +249,11 @@ def figures(parts: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, f
     return found
 
 
+def installed(system: System) -> bool:
+    package = {"huggingface": "transformers", "onnx": "onnxruntime"}.get(system.engine, system.engine)
+    return system.engine == "ours" or find_spec(package) is not None
+
+
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -251,6 +266,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=840.0, help="for everything; later rounds are left out")
     parser.add_argument("--cap", type=float, default=4.0, help="seconds of one measurement, about")
     parser.add_argument("--only", nargs="+", help="systems whose names start with one of these")
+    parser.add_argument("--keep", type=Path, help="keep finished parts here, and take those that are here already")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     start = time.monotonic()
@@ -261,9 +277,17 @@ def main() -> int:
     parts: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         for part in ("trained", "paper") if options.run else ("paper",):
+            kept = options.keep and options.keep / f"{part}.json"
+            if kept is not None and kept.is_file():
+                parts[part] = json.loads(kept.read_text())
+                continue
             scratch = Path(name) / part
             scratch.mkdir()
-            chosen = systems(part, only)
+            chosen = systems(part, device=options.device, only=only)
+            if options.device == "cuda":  # a machine with a GPU often has no network to install peers from
+                missing = {system.engine for system in chosen if not installed(system)}
+                chosen = [system for system in chosen if system.engine not in missing]
+                say(f"{part}: not installed and left out: {', '.join(sorted(missing)) or 'nothing'}")
             needed = {system.model for system in chosen}
             if part == "trained":
                 materials = translate_models.trained(scratch, options.run, needed)
@@ -275,6 +299,9 @@ def main() -> int:
                 part, chosen, materials, threads=options.threads, device=options.device, cap=options.cap, until=until,
                 rounds=1 if options.smoke else ROUNDS, sentences=sentences,
             )  # fmt: skip
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(parts[part]))
     found = figures(parts)
     content = {
         "threads": options.threads, "seconds": time.monotonic() - start, "figures": found,
