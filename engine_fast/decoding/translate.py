@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal
 
@@ -41,6 +41,8 @@ class DecodeSettings:
     """A teacher's log-probability, in search and in reranking, is divided by length to this power."""
     n_best: int = 1
     """Hypotheses kept per sentence."""
+    remove_repeats: bool = False
+    """Leave out tokens equal to the one before. Scores stay those of the whole; see benchmarks/NOTES.md for BLEU."""
     max_tokens: int = 8192
     """Source tokens, padding included, times beam or length_beam, per batch; a longer sentence goes alone."""
     window: int = 4096
@@ -182,7 +184,7 @@ class Translator:
             chosen = [filled[position] for position in batch]
             sizes = None if lengths is None else [lengths[i] for i in chosen]
             for i, found in zip(chosen, self._search_batch([rows[i] for i in chosen], sizes), strict=True):
-                results[i] = found
+                results[i] = [without_repeats(h) for h in found] if self.settings.remove_repeats else found
             if advance is not None:
                 advance(len(batch))
         return results
@@ -233,6 +235,13 @@ class Translator:
         if self.report.first_truncated is None:
             self.report.first_truncated = number
         return [*row[: limit - 1], EOS]
+
+
+def without_repeats(hypothesis: Hypothesis) -> Hypothesis:
+    """The hypothesis without tokens that equal the one before."""
+    tokens = hypothesis.tokens
+    kept = [token for token, before in zip(tokens, [None, *tokens], strict=False) if token != before]
+    return replace(hypothesis, tokens=kept)
 
 
 def never_emitted(vocabulary: Vocabulary) -> tuple[int, ...]:

@@ -165,6 +165,19 @@ def test_batches_hold_every_sentence_once_and_fit_the_budget() -> None:
     assert plan_batches([], 50) == []
 
 
+def test_repeated_tokens_are_left_out_where_asked() -> None:
+    loaded = load_tiny(make_student())
+    lines = random_lines(30)
+    plain = list(Translator(loaded, DecodeSettings(length_beam=2)).translate_n_best(lines))
+    short = list(Translator(loaded, DecodeSettings(length_beam=2, remove_repeats=True)).translate_n_best(lines))
+    assert any(a[0][0] != b[0][0] for a, b in zip(plain, short, strict=True)), "no sentence had a repetition"
+    for [(text, whole)], [(shorter, kept)] in zip(plain, short, strict=True):
+        words = text.split()
+        assert shorter.split() == [word for i, word in enumerate(words) if i == 0 or word != words[i - 1]]
+        assert (kept.score, kept.log_probability) == (whole.score, whole.log_probability)
+        assert kept.tokens[-1] == EOS
+
+
 def test_a_vocabulary_without_mask_keeps_its_first_word() -> None:
     assert MASK in never_emitted(make_vocabulary())
     assert MASK not in never_emitted(DictionaryVocabulary(WORDS, mask=False))
