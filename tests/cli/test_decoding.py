@@ -135,7 +135,7 @@ def test_long_lines_are_told_or_refused(student: Path) -> None:
     long = " ".join(["mon"] * 30) + "\n"
     told = call("translate", "--model", student, stdin="mon\n" + long)
     assert told.exit_code == 0
-    assert "1 of 2 sources, the first in line 2, were longer than 24 tokens and were truncated" in told.stderr
+    assert "engine-fast: of 2 lines: 1 longer than 24 tokens, the first in line 2, truncated" in told.stderr
     refused = call("translate", "--model", student, "--too-long", "refuse", stdin="mon\n" + long)
     assert refused.exit_code == 2
     assert "line 2: 31 tokens" in refused.stderr
