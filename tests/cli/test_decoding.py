@@ -121,7 +121,7 @@ def test_oracle_lengths_come_from_references(student: Path, tmp_path: Path) -> N
     words = [len(line.replace("<unk>", "unk").split()) for line in result.stdout.split("\n")[:-1]]
     assert words == [1, 0, 5, 2]
     assert "end after line 4" in call(*args, stdin="mon\n" * 5).stderr
-    assert "has more lines than standard input" in call(*args, stdin="mon\n" * 3).stderr
+    assert "has more lines than the input" in call(*args, stdin="mon\n" * 3).stderr
 
 
 def test_invalid_utf8_names_the_line(teacher: Path) -> None:
