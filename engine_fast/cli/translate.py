@@ -45,7 +45,8 @@ def translate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Source tokens, times the beam, per batch.")] = 8192,
     window: Annotated[
-        int | None, typer.Option(min=1, help="Lines read before the first is written. [4096; 1 on a terminal]")
+        int | None,
+        typer.Option(min=1, help="Lines read before the first is written, sorted together. [4096; 1 on a terminal]"),
     ] = None,
     too_long: Annotated[
         Literal["truncate", "split", "refuse"],
@@ -102,9 +103,10 @@ def translate(
             use_threads(threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             translator = load(model, teacher=rerank, device=device, **settings)
         if source is not None and target is not None:
+            part_lines = settings["window"] * (1 if workers == 1 else 4 * workers)  # workers wait at a part's end
             report = translate_file(
-                translator, source, target, job=job_of(model, rerank, settings), n_best=n_best, errors=errors,
-                rank=rank, world_size=world_size,
+                translator, source, target, job=job_of(model, rerank, settings), part_lines=part_lines, n_best=n_best,
+                errors=errors, rank=rank, world_size=world_size,
             )  # fmt: skip
             if report is not None:
                 print(f"{target}: {report.num_lines} lines", file=sys.stderr)

@@ -60,11 +60,9 @@ def load(
         positions.append(judge.model.max_positions)
     if settings.get("max_positions") is not None:
         positions.append(settings["max_positions"])
-    n_best = settings.get("n_best", 1)
-    advised = {
-        "beam": max(DecodeSettings().beam, n_best),
-        "length_beam": max(loaded.card.get("length_beam", LENGTH_BEAM), n_best),
-    }
+    n_best, length_beam = settings.get("n_best", 1), loaded.card.get("length_beam", LENGTH_BEAM)
+    require(isinstance(length_beam, int), f"{path}: card.length_beam", length_beam, "a number of candidates")
+    advised = {"beam": max(DecodeSettings().beam, n_best), "length_beam": max(length_beam, n_best)}
     return Translator(loaded, DecodeSettings(**advised | settings | {"max_positions": min(positions)}), rescore)
 
 
