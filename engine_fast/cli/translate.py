@@ -43,6 +43,9 @@ def translate(
     oracle_lengths: Annotated[
         Path | None, typer.Option(help="Student: reference translations whose lengths are used, one a line.")
     ] = None,
+    remove_repeats: Annotated[
+        bool, typer.Option("--remove-repeats", help="Leave out tokens equal to the one before.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Source tokens, times the beam, per batch.")] = 8192,
     window: Annotated[
         int | None,
@@ -64,7 +67,7 @@ def translate(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of each process. [its share of the CPUs]")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the lines, on CPUs.")] = 1,
-    precision: Annotated[Precision, typer.Option(help="Of the models.")] = "fp32",
+    precision: Annotated[Literal["fp32", "bf16", "int8"], typer.Option(help="Of the models; int8 on a CPU.")] = "fp32",
     device: Annotated[Device, typer.Option(help="auto = cuda where there is one.")] = "auto",
 ) -> None:
     """Translate lines from standard input to standard output, in order; an empty line stays empty.
@@ -87,6 +90,7 @@ def translate(
     settings: dict[str, Any] = {
         "precision": precision,
         "n_best": n_best,
+        "remove_repeats": remove_repeats,
         "max_tokens": max_tokens,
         "window": window or (1 if waits else DEFAULT_WINDOW),
         "too_long": too_long,

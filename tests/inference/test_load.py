@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import torch
 import engine_fast
 from engine_fast.data.vocabulary import DictionaryVocabulary
 from engine_fast.decoding import DecodeSettings, Translator
+from engine_fast.energies import discrete_energy
 from engine_fast.errors import CheckpointError, ConfigError, DataError, EngineFastError, VocabularyError
 from engine_fast.inference.load import load, pick_device
-from engine_fast.models import load_model, save_model
+from engine_fast.models import load_model, save_model, set_precision
 from tests.decoding.tiny import SHAPE, WORDS, make_teacher, save_tiny
 
 
@@ -53,7 +55,20 @@ def test_the_card_the_settings_and_the_teacher_decide_the_rest(student: Path, te
     assert load(student).max_positions == SHAPE["max_positions"]
     assert load(student, teacher=tmp_path / "short").max_positions == 9
     assert load(student, teacher=tmp_path / "short", max_positions=5).max_positions == 5
-    assert load(student, precision="bf16").loaded.model.parameters().__next__().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_model_and_teacher_are_brought_to_the_precision(student: Path, teacher: Path, precision: str) -> None:
+    if precision == "int8" and "onednn" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this torch has no int8 products")
+    translator = load(student, teacher=teacher, precision=precision)
+    by_hand = load_model(student), load_model(teacher)
+    for loaded in by_hand:
+        set_precision(loaded.model, precision)
+    rescore = partial(discrete_energy, by_hand[1].model)
+    lines = ["mon tue wed", "sun sat", "thu"]
+    expected = Translator(by_hand[0], DecodeSettings(max_positions=24), rescore).translate_n_best(lines)
+    assert list(translator.translate_n_best(lines)) == list(expected)
 
 
 def test_what_has_no_effect_is_told(student: Path, teacher: Path) -> None:
@@ -71,7 +86,7 @@ def test_what_has_no_effect_is_told(student: Path, teacher: Path) -> None:
     [
         ({"iteration": 2}, "setting = 'iteration', expected one of .*Did you mean 'iterations'"),
         ({"iterations": 0}, "iterations = 0, expected at least 1"),
-        ({"precision": "fp8"}, "precision = 'fp8', expected fp32"),
+        ({"precision": "fp8"}, "precision = 'fp8', expected one of fp32, bf16, int8"),
         ({"device": "gpu"}, "device = 'gpu', expected auto, cpu, cuda"),
         ({"too_long": "drop"}, "too_long = 'drop', expected truncate, split or refuse"),
     ],
