@@ -62,8 +62,7 @@ def systems(part: str, *, device: str = "cpu", only: Sequence[str] | None = None
     found += [
         _ours("student", "3 lengths reranked bf16", precision="bf16", length_beam=3, teacher=_TEACHER),
         _ours("student", "1 length 4 passes bf16", precision="bf16", length_beam=1, iterations=4),
-        _ours("teacher", "greedy fp32", beam=1),
-        _ours("teacher", "greedy bf16", beam=1, precision="bf16"),
+        *(_ours("teacher", f"greedy {precision}", beam=1, precision=precision) for precision in _precisions(device)),
         _ours("teacher", "beam 5 fp32", beam=5),
     ]
     if device == "cuda":
@@ -92,7 +91,8 @@ def _ctranslate2(search: str, beam: int, short: str, compute_type: str, *, model
 
 
 def _precisions(device: str) -> tuple[str, ...]:
-    return ("fp32", "bf16")
+    """Of our own models; engine_fast has int8 on CPUs only."""
+    return ("fp32", "bf16", "int8") if device == "cpu" else ("fp32", "bf16")
 
 
 class Process:

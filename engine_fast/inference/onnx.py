@@ -61,10 +61,8 @@ class Decode(nn.Module):
         self.register_buffer("forbid", forbid_V)
 
     def forward(self, states_BSD: Tensor, source_BS: Tensor, tokens_BKT: Tensor) -> tuple[Tensor, Tensor]:
-        candidates = tokens_BKT.shape[1]
-        states_NSD = states_BSD[:, None].expand(-1, candidates, -1, -1).flatten(0, 1)
-        mask_NS = (source_BS != PAD)[:, None].expand(-1, candidates, -1).flatten(0, 1)
-        hidden_NTD = self.model.decode(Memory(states_NSD, mask_NS), tokens_BKT.flatten(0, 1))
+        memory = self.model.share(Memory(states_BSD, source_BS != PAD), tokens_BKT.shape[1])
+        hidden_NTD = self.model.decode(memory, tokens_BKT.flatten(0, 1))
         logits_NTV = self.model.project(hidden_NTD)
         words_NT = (logits_NTV + self.forbid).argmax(-1)
         # onnxruntime's log-softmax takes half the time of its logsumexp

@@ -73,7 +73,7 @@ def alone(program, text=""):
 
 def ours(model, lines, length_beam, iterations):
     settings = DecodeSettings(length_beam=length_beam, iterations=iterations)
-    with pytest.warns(UserWarning, match="were truncated"):
+    with pytest.warns(UserWarning, match="truncated"):
         return Translator(model, settings).translate(lines)
 
 
