@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 TITLES = {
     "paper": "The paper's size, random weights, {source_tokens} source and {target_tokens} target tokens",
     "trained": "Trained models on the test set they were evaluated on",
 }
 COLORS = {"student": "#0b6e4f", "teacher": "#8a5a00", "ctranslate2": "#2b4c9b", "transformers": "#7a3b8f"}
-MARKERS = {"student": "o", "teacher": "s", "ctranslate2": "D", "transformers": "^"}
+MARKERS = {"fp32": "o", "bf16": "s", "int8": "D", "fp16": "^"}
+"""By precision; colours tell the engines apart."""
 
 
 def markdown(content: Mapping[str, Any]) -> str:
@@ -60,59 +65,75 @@ def write(content: Mapping[str, Any], folder: Path) -> None:
 
 
 def draw(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Two panels that share BLEU; every point is labelled. Better is up and left in one, up and right in the other."""
+    """Two panels that share BLEU. A family is one system at several precisions: joined by a line, named once, the
+    marker tells the precision. Better is up and left in the first panel, up and right in the second."""
     figure = Figure(figsize=(12.5, 6.2), layout="constrained")
+    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     latency = {name: (row["latency_ms"]["p50"], row["bleu"]) for name, row in rows.items() if "latency_ms" in row}
     speed = {name: (row["best"], row["bleu"]) for name, row in rows.items()}
     _panel(left, latency, "milliseconds of a sentence alone, median (logarithmic)")
     _panel(right, speed, "sentences a second, best batch (logarithmic)")
     left.set_ylabel("BLEU")
+    used = [precision for precision in MARKERS if any(name.endswith(precision) for name in rows)]
+    points = [Line2D([], [], linestyle="", marker=MARKERS[name], color="#444444", label=name) for name in used]
+    left.legend(handles=points, frameon=False, loc="center left", fontsize=9)
+    figure.canvas.draw()
+    for axis, each in ((left, latency), (right, speed)):
+        _label(axis, each)
     return figure
 
 
+def families(names: Iterable[str]) -> dict[str, list[str]]:
+    """Systems that differ in precision alone: what they are called -> their names."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, precision = name.rpartition(" ")
+        found.setdefault(stem if precision in MARKERS else name, []).append(name)
+    return found
+
+
 def _panel(axis: Axes, points: Mapping[str, tuple[float, float]], label: str) -> None:
+    for family, names in families(points).items():
+        color = COLORS[family.split()[0]]
+        axis.plot(*zip(*(points[name] for name in names), strict=True), color=color, linewidth=0.8, alpha=0.6)
+        for name in names:
+            axis.plot(*points[name], MARKERS.get(name.split()[-1], "o"), color=color, markersize=6)
     axis.set_xscale("log")
-    for name, (x, y) in points.items():
-        kind = name.split()[0]
-        axis.plot(x, y, MARKERS[kind], color=COLORS[kind], markersize=7)
     axis.set_xlabel(label)
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.margins(x=0.3, y=0.12)
-    _label(axis, points)
+    axis.margins(x=0.16, y=0.14)
 
 
 def _label(axis: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Each name beside its point; where names would cover each other they are moved apart and joined by a line.
-
-    Labels stand in two columns, left of the points in the left half and right of the others, spread in height.
-    """
-    axis.figure.canvas.draw_idle()
-    low, high = axis.get_ylim()
-    step = (high - low) * 0.036
-    xs = sorted(x for x, _ in points.values())
-    middle = (xs[0] * xs[-1]) ** 0.5
-    for side in ("left", "right"):
-        names = [name for name, (x, _) in points.items() if (x < middle) == (side == "left")]
-        names.sort(key=lambda name: points[name][1])
-        heights = spread([points[name][1] for name in names], step)
-        for name, height in zip(names, heights, strict=True):
-            x, y = points[name]
-            factor = 1 / 1.12 if side == "left" else 1.12
-            axis.annotate(
-                name, (x, y), (x * factor, height), va="center", ha="right" if side == "left" else "left", fontsize=8,
-                color=COLORS[name.split()[0]], arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "#999999"},
+    """Names each family at the place nearest to it that no other name and no point takes."""
+    place = axis.transData.transform
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in (place(point) for point in points.values())]
+    for family, names in sorted(families(points).items(), key=lambda item: -max(points[name][1] for name in item[1])):
+        ends = sorted(points[name] for name in names)
+        middle = ((ends[0][0] * ends[-1][0]) ** 0.5, sum(y for _, y in ends) / len(ends))
+        options = [(dx, dy) for dy in (11, -11, 24, -24, 37, -37, 50, -50) for dx in (0, 30, -30, 60, -60)]
+        best: tuple[int, Annotation, Bbox] | None = None
+        for offset in sorted(options, key=lambda each: abs(each[0]) / 2 + abs(each[1])):
+            text = axis.annotate(
+                family, middle, offset, textcoords="offset points", ha="center", va="center", fontsize=9,
+                color=COLORS[family.split()[0]],
+                arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "#999999"} if abs(offset[1]) > 11 else None,
             )  # fmt: skip
-
-
-def spread(heights: list[float], step: float) -> list[float]:
-    """The ascending heights moved apart, so that neighbours differ by `step` at least; their mean stays near."""
-    moved: list[float] = []
-    for height in heights:
-        moved.append(max(height, moved[-1] + step) if moved else height)
-    shift = sum(a - b for a, b in zip(moved, heights, strict=True)) / max(1, len(moved))
-    return [height - shift for height in moved]
+            box = text.get_window_extent()
+            clashes = sum(box.overlaps(other) for other in taken)
+            clashes += not axis.bbox.contains(box.x0, box.y0) or not axis.bbox.contains(box.x1, box.y1)
+            if best is None or clashes < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = clashes, text, box
+            else:
+                text.remove()
+            if not clashes:
+                break
+        assert best is not None
+        taken.append(best[2])

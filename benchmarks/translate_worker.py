@@ -4,7 +4,8 @@ JOB is JSON: `engine` (ours, onnx, ctranslate2, huggingface), `model` (a directo
 `threads`, `texts` (a file of source lines), `forced` (target tokens that everybody writes, or null), `device`.
 It prints one line of JSON when the model is loaded, and then one for each line that it reads:
 
-{"batch": b, "sentences": n, "seconds": s}   translate the first n lines, b at a time, for at most about s seconds
+{"batch": b, "sentences": n, "seconds": s}   translate the first n lines, b at a time, for at most about s seconds: the
+                                             seconds of each call, none if one call would take several times as long
 {"all": b}                                   translate every line once, batches of b: the translations and the seconds
 {"end": true}                                peak resident memory; the process ends
 
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 Translate = Callable[[list[str]], list[str]]
+_TOO_LONG = 4.0
+"""Times the cap: a batch that would take longer is left out."""
 _WITHIN_CAP = 0.5
 """A batch size that is new is tried once outside of the clock, unless that alone would take this part of the time."""
 
@@ -144,6 +147,8 @@ class Worker:
         return self._measure(request["batch"], request["sentences"], request["seconds"])
 
     def _measure(self, batch: int, sentences: int, cap: float) -> dict[str, Any]:
+        if self._a_sentence * batch > _TOO_LONG * cap:
+            return {"calls": []}
         parts = self._batches(batch)[: max(1, sentences // batch)]
         if batch not in self._seen and self._a_sentence * batch <= _WITHIN_CAP * cap:
             self._translate(parts[0])
@@ -159,7 +164,7 @@ class Worker:
                 break
         done = sum(len(part) for part in parts[: len(calls)])
         self._a_sentence = sum(calls) / done
-        return {"calls": calls, "sentences": done}
+        return {"calls": calls}
 
     def _long_enough(self, line: str) -> bool:
         """Words and the end symbol; of a student's three lengths one is shorter by one."""

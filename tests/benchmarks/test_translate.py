@@ -1,7 +1,7 @@
 """The race: its floors are figures that it reports, everybody writes what was forced, its summary is right."""
 
 import json
-from itertools import pairwise
+from itertools import combinations
 
 import pytest
 import torch
@@ -112,16 +112,20 @@ def test_a_worker_that_writes_too_little_is_found(tmp_path, monkeypatch):
         translate_worker.Worker(job | {"model": "short"}).answer(request)
 
 
-def test_labels_are_moved_apart_and_stay_in_order():
-    moved = translate_table.spread([1.0, 1.0, 1.1, 5.0], 0.5)
-    assert all(b - a >= 0.5 - 1e-9 for a, b in pairwise(moved))
-    assert translate_table.spread([1.0, 3.0], 0.5) == [1.0, 3.0]
+def test_a_family_differs_in_precision_alone():
+    found = translate_table.families(["student 1 length fp32", "student 1 length int8", "student 1 length onnx int8"])
+    assert [*map(len, found.values())] == [2, 1]
+    assert [*found] == ["student 1 length", "student 1 length onnx"]
 
 
-def test_the_figure_names_every_point(parts, tmp_path):
+def test_the_figure_names_every_family_and_no_name_covers_another(parts, tmp_path):
     content = {"threads": 1, "figures": {}, "signature": "", "parts": {"trained": parts["trained"]}, "paper": {}}
     translate_table.write(content, tmp_path)
-    assert (tmp_path / "translate.png").stat().st_size > 10_000
-    figure = translate_table.draw(parts["trained"])
-    for axis in figure.axes:
-        assert {text.get_text() for text in axis.texts} == parts["trained"].keys()
+    assert {path.name for path in tmp_path.iterdir()} == {"translate.md", "translate.png", "translate.svg"}
+    for number, name in enumerate(parts["trained"]):
+        parts["trained"][name] = row(5.0 + number, 50.0 - number, bleu=27.0 + number // 2)
+    for axis in translate_table.draw(parts["trained"]).axes:
+        names = [text for text in axis.texts if text.get_text()]
+        assert {text.get_text() for text in names} == translate_table.families(parts["trained"]).keys()
+        boxes = [text.get_window_extent() for text in names]
+        assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
