@@ -6,25 +6,23 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from engine_fast.errors import ConfigError, DataError, VocabularyError
+from engine_fast.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    import torch
-
-    from engine_fast.data.vocabulary import Vocabulary
-    from engine_fast.decoding.mask_predict import Rescore
-    from engine_fast.models import LoadedModel, Network
+    from engine_fast.data.text import DecodingErrors
+    from engine_fast.decoding import Translator
+    from engine_fast.inference.workers import Workers
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 SIGPIPE_EXIT = 141
+DEFAULT_WINDOW = 4096
 
 
 def translate(
@@ -45,87 +43,107 @@ def translate(
     oracle_lengths: Annotated[
         Path | None, typer.Option(help="Student: reference translations whose lengths are used, one a line.")
     ] = None,
+    remove_repeats: Annotated[
+        bool, typer.Option("--remove-repeats", help="Leave out tokens equal to the one before.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Source tokens, times the beam, per batch.")] = 8192,
     window: Annotated[
-        int | None, typer.Option(min=1, help="Lines read before the first is written. [4096; 1 on a terminal]")
+        int | None,
+        typer.Option(min=1, help="Lines read before the first is written, sorted together. [4096; 1 on a terminal]"),
     ] = None,
     too_long: Annotated[
-        Literal["truncate", "refuse"], typer.Option(help="For lines beyond the model's positions.")
+        Literal["truncate", "split", "refuse"],
+        typer.Option(help="Lines beyond the model's positions: cut off, translated in parts, or an error."),
     ] = "truncate",
-    precision: Annotated[Precision, typer.Option(help="Of the models.")] = "fp32",
+    encoding_errors: Annotated[
+        Literal["strict", "replace"], typer.Option(help="Bytes that are not UTF-8: an error, or U+FFFD, counted.")
+    ] = "strict",
+    source: Annotated[
+        Path | None, typer.Option("--input", help="File instead of standard input; plain, .gz or .xz.")
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option("--output", help="File instead of standard output; goes on after a kill, shared by ranks."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of each process. [its share of the CPUs]")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the lines, on CPUs.")] = 1,
+    precision: Annotated[Literal["fp32", "bf16", "int8"], typer.Option(help="Of the models; int8 on a CPU.")] = "fp32",
     device: Annotated[Device, typer.Option(help="auto = cuda where there is one.")] = "auto",
 ) -> None:
-    """Translate lines from standard input to standard output, in order; an empty line stays empty."""
-    from engine_fast.decoding import DecodeSettings, Translator
-    from engine_fast.models import Student, load_model
+    """Translate lines from standard input to standard output, in order; an empty line stays empty.
 
-    if sys.stdin is None or sys.stdout is None:
+    With --input and --output the processes of a launcher share the work, and the same command goes on after a kill.
+    """
+    from engine_fast.data.text import decode_lines, open_binary
+    from engine_fast.inference.files import job_of, require_files, translate_file
+    from engine_fast.inference.load import load
+    from engine_fast.inference.workers import Workers, use_threads
+
+    rank, world_size = place_among_processes()
+    require_files(source, target, world_size)
+    if (source is None and sys.stdin is None) or (target is None and sys.stdout is None):
         raise DataError("standard input or output is closed, expected text in and text out. Redirect both, or pipe.")
-    where, dtype = pick_device(device), pick_dtype(precision)
-    loaded = load_model(model, device=where, dtype=dtype)
-    _warn_without_effect(
-        loaded.model,
-        student={"iterations": iterations, "length-beam": length_beam, "rerank": rerank},
-        teacher={"beam": beam, "length-penalty": length_penalty if rerank is None else None},
-    )
-    positions = loaded.model.max_positions
-    rescore: Rescore | None = None
-    if rerank is not None and isinstance(loaded.model, Student):
-        judge = load_model(rerank, device=where, dtype=dtype, kind="teacher")
-        rescore = _rescorer(loaded, judge)
-        positions = min(positions, judge.model.max_positions)
-    settings = DecodeSettings(
-        beam=beam or max(5, n_best),
-        iterations=iterations or 1,
-        length_beam=length_beam or max(loaded.card.get("length_beam", 3), n_best),
-        length_penalty=1.0 if length_penalty is None else length_penalty,
-        n_best=n_best,
-        max_tokens=max_tokens,
-        window=window or (1 if sys.stdin.isatty() else 4096),
-        max_positions=positions,
-        too_long=too_long,
-    )
-    translator = Translator(loaded, settings, rescore)
-    lengths = None if oracle_lengths is None else _lengths(oracle_lengths, loaded.target_vocabulary)
-    with plain_warnings():
-        found = translator.translate_n_best(read_lines(sys.stdin.buffer), lengths=lengths)
-        if n_best == 1:
-            write_lines(translations[0][0] for translations in found)
+    if target is not None and oracle_lengths is not None:
+        raise ConfigError("--oracle-lengths goes line by line with standard output. Leave --output out.")
+    waits = source is None and sys.stdin.isatty()
+    given = {"iterations": iterations, "length_beam": length_beam, "beam": beam, "length_penalty": length_penalty}
+    settings: dict[str, Any] = {
+        "precision": precision,
+        "n_best": n_best,
+        "remove_repeats": remove_repeats,
+        "max_tokens": max_tokens,
+        "window": window or (1 if waits else DEFAULT_WINDOW),
+        "too_long": too_long,
+        **{name: value for name, value in given.items() if value is not None},
+    }
+    errors: DecodingErrors = "strict" if encoding_errors == "strict" else "surrogateescape"
+    with ExitStack() as stack:
+        stack.enter_context(plain_warnings())
+        translator: Translator | Workers
+        if workers > 1:
+            how = {"teacher": rerank, "device": device, **settings}
+            translator = stack.enter_context(Workers(model, num_workers=workers, threads=threads, **how))
         else:
-            write_lines(
-                f"{number} ||| {text} ||| {hypothesis.score:.6f}"
-                for number, translations in enumerate(found)
-                for text, hypothesis in translations
-            )
+            use_threads(threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            translator = load(model, teacher=rerank, device=device, **settings)
+        if source is not None and target is not None:
+            part_lines = settings["window"] * (1 if workers == 1 else 4 * workers)  # workers wait at a part's end
+            report = translate_file(
+                translator, source, target, job=job_of(model, rerank, settings), part_lines=part_lines, n_best=n_best,
+                errors=errors, rank=rank, world_size=world_size,
+            )  # fmt: skip
+            if report is not None:
+                print(f"{target}: {report.num_lines} lines", file=sys.stderr)
+            return
+        stream = sys.stdin.buffer if source is None else stack.enter_context(open_binary(source))
+        lines = decode_lines(stream, "standard input" if source is None else str(source), errors=errors)
+        _pipe(translator, lines, oracle_lengths, model, n_best)
+
+
+def _pipe(
+    translator: Translator | Workers, lines: Iterator[str], references: Path | None, model: Path, n_best: int
+) -> None:
+    from engine_fast.data.text import iter_lines
+    from engine_fast.inference.files import render
+    from engine_fast.models.store import load_vocabularies
+
+    lengths: Iterator[int] | None = None
+    if references is not None:
+        encode = load_vocabularies(model)[1].encode
+        lengths = (len(encode(line)) + 1 for line in iter_lines(references))
+    found = translator.translate_n_best(lines, lengths=lengths)
+    write_lines(render(number, each, n_best) for number, each in enumerate(found, start=1))
     if lengths is not None and next(lengths, None) is not None:
-        raise DataError(f"{oracle_lengths}: has more lines than standard input, expected one for each. Align the two.")
+        raise DataError(f"{references}: has more lines than the input, expected one for each. Align the two.")
 
 
-def pick_device(device: Device) -> torch.device:
-    """Raises ConfigError for a GPU that is not there."""
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda, but this torch sees no GPU. Use auto or cpu, or see `engine-fast doctor`.")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def pick_dtype(precision: Precision) -> torch.dtype:
-    import torch
-
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def read_lines(stream: Iterable[bytes]) -> Iterator[str]:
-    """Lines that end at newlines alone. Raises DataError that names the first line that is not UTF-8."""
-    for number, line in enumerate(stream, start=1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"standard input: line {number} is not UTF-8 (byte {error.object[error.start]:#04x} at position "
-                f"{error.start}). Convert it, for example with iconv -t UTF-8, or remove the line."
-            ) from error
+def place_among_processes() -> tuple[int, int]:
+    """(rank, number of ranks) as a launcher says. Raises ConfigError."""
+    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        got = f"RANK = {rank!r} and WORLD_SIZE = {world_size!r}"
+        raise ConfigError(f"{got}, expected 0 <= RANK < WORLD_SIZE. Start with a launcher, or unset both.")
+    return int(rank), int(world_size)
 
 
 def write_lines(lines: Iterable[str]) -> None:
@@ -147,34 +165,3 @@ def plain_warnings() -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_args, **_kwargs: print(f"engine-fast: {message}", file=sys.stderr)
         yield
-
-
-def _rescorer(student: LoadedModel, judge: LoadedModel) -> Rescore:
-    from engine_fast.energies import discrete_energy
-    from engine_fast.models import Teacher
-
-    for side in ("source", "target"):
-        own: Vocabulary = getattr(student, f"{side}_vocabulary")
-        other: Vocabulary = getattr(judge, f"{side}_vocabulary")
-        if own.fingerprint != other.fingerprint:
-            raise VocabularyError(
-                f"--rerank: the teacher's {side} vocabulary is {other.fingerprint[:12]}, the student's "
-                f"{own.fingerprint[:12]}. Rerank with the teacher that the student was trained with."
-            )
-    assert isinstance(judge.model, Teacher)
-    return partial(discrete_energy, judge.model.requires_grad_(False))
-
-
-def _lengths(references: Path, vocabulary: Vocabulary) -> Iterator[int]:
-    from engine_fast.data.text import iter_lines
-
-    return (len(vocabulary.encode(line)) + 1 for line in iter_lines(references))
-
-
-def _warn_without_effect(model: Network, *, student: dict[str, object], teacher: dict[str, object]) -> None:
-    from engine_fast.models import Student
-
-    ignored = teacher if isinstance(model, Student) else student
-    names = [f"--{name}" for name, value in ignored.items() if value is not None]
-    if names:
-        print(f"engine-fast: {', '.join(names)} without effect on a {model.kind} model", file=sys.stderr)
