@@ -25,6 +25,8 @@ import onnxruntime
 BOS, PAD, EOS, UNK, MASK = range(5)
 MIN_LENGTH = 2
 """One word and EOS."""
+POSITIONS = 1024
+"""Target positions whose vocabulary is in memory at once."""
 
 
 class Student:
@@ -75,8 +77,7 @@ class Student:
         slots_T = np.arange(lengths_BK.max())
         open_BKT = slots_T < lengths_BK[:, :, None] - 1  # the last slot is the end symbol's
         tokens_BKT = np.where(slots_T < lengths_BK[:, :, None], MASK, PAD)
-        feed = {"states": states_BSD, "source": source_BS}
-        words_BKT, values_BKT = self._decode.run(None, feed | {"tokens": tokens_BKT})
+        words_BKT, values_BKT = self._fill(states_BSD, source_BS, tokens_BKT)
         tokens_BKT = np.where(open_BKT, words_BKT, tokens_BKT)
         np.put_along_axis(tokens_BKT, lengths_BK[:, :, None] - 1, EOS, axis=2)
         for t in range(1, iterations):
@@ -84,12 +85,28 @@ class Student:
             doubt_BKT = np.where(open_BKT, values_BKT, np.inf)
             rank_BKT = doubt_BKT.argsort(axis=2, kind="stable").argsort(axis=2, kind="stable")
             masked_BKT = (rank_BKT < num_masked_BK[:, :, None]) & open_BKT
-            words, values = self._decode.run(None, feed | {"tokens": np.where(masked_BKT, MASK, tokens_BKT)})
+            words, values = self._fill(states_BSD, source_BS, np.where(masked_BKT, MASK, tokens_BKT))
             tokens_BKT = np.where(masked_BKT, words, tokens_BKT)
             values_BKT = np.where(masked_BKT, values, values_BKT)
         average_BK = np.where(open_BKT, values_BKT, 0).sum(2, dtype=np.float32) / (lengths_BK - 1)
         best_B = average_BK.argmax(1)
         return [tokens_BKT[b, k, : lengths_BK[b, k]].tolist() for b, k in enumerate(best_B)]
+
+    def _fill(self, states_BSD: Any, source_BS: Any, tokens_BKT: Any) -> list[Any]:
+        """decode.onnx, some sentences at a time."""
+        step = max(1, POSITIONS // tokens_BKT[0].size)
+        parts = [
+            self._decode.run(
+                None,
+                {
+                    "states": states_BSD[start : start + step],
+                    "source": source_BS[start : start + step],
+                    "tokens": tokens_BKT[start : start + step],
+                },
+            )
+            for start in range(0, len(tokens_BKT), step)
+        ]
+        return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
 
 class Words:

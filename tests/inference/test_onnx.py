@@ -95,13 +95,15 @@ def test_the_script_translates_standard_input(model, exported):
     )
 
 
-def test_the_same_ids_in_batches_of_any_shape(model, exported):
+def test_the_same_ids_in_batches_of_any_shape(model, exported, monkeypatch):
     runner = standalone.Student(exported, threads=1)
     rows = [[*ids, EOS] for ids in vocabulary().encode_batch(sentences(6, seed=7))]
     translator = Translator(model, DecodeSettings(length_beam=3))
     own = [hypothesis.tokens for hypothesis in translator.translate_ids(rows)]
     assert runner.search(rows, 3) == own
     assert [runner.search([row], 3)[0] for row in rows] == own
+    monkeypatch.setattr(standalone, "POSITIONS", 100)  # which is fewer than one batch has
+    assert runner.search(rows, 3) == own
 
 
 def test_int8_is_smaller_and_runs(model, exported, tmp_path):
