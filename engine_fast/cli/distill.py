@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from engine_fast.cli.translate import Device, Precision, pick_device
+from engine_fast.cli.translate import Device, Precision
 from engine_fast.errors import ConfigError
 
 
@@ -31,18 +31,15 @@ def distill(
 
     Started by a launcher (RANK and WORLD_SIZE are set), the processes share the work.
     """
-    import torch
-
     from engine_fast.config import DistillConfig
     from engine_fast.data.atomic import only_one
     from engine_fast.data.prepared import Prepared
     from engine_fast.decoding.distill import distill as run
+    from engine_fast.inference.load import pick_device
     from engine_fast.models import load_model
 
     rank, world_size = _place_among_processes()
     where = pick_device(device)
-    if where.type == "cuda":
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     config = DistillConfig(
         beam=beam,
         length_penalty=length_penalty,

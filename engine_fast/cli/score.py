@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engine_fast.cli.translate import Device, Precision, pick_device, pick_dtype, write_lines
+from engine_fast.cli.translate import Device, Precision, write_lines
 from engine_fast.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def score(
 ) -> None:
     """Energy of each translation under a teacher, -log p(target | source) in nats, one per line."""
     from engine_fast.data.text import iter_pairs
+    from engine_fast.inference.load import pick_device, pick_dtype
     from engine_fast.models import load_model
 
     for path in (source, target):

@@ -7,24 +7,21 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from engine_fast.errors import ConfigError, DataError, VocabularyError
+from engine_fast.errors import DataError
 
 if TYPE_CHECKING:
-    import torch
-
     from engine_fast.data.vocabulary import Vocabulary
-    from engine_fast.decoding.mask_predict import Rescore
-    from engine_fast.models import LoadedModel, Network
+    from engine_fast.decoding import Translator
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 SIGPIPE_EXIT = 141
+DEFAULT_WINDOW = 4096
 
 
 def translate(
@@ -56,64 +53,39 @@ def translate(
     device: Annotated[Device, typer.Option(help="auto = cuda where there is one.")] = "auto",
 ) -> None:
     """Translate lines from standard input to standard output, in order; an empty line stays empty."""
-    from engine_fast.decoding import DecodeSettings, Translator
-    from engine_fast.models import Student, load_model
+    from engine_fast.inference.load import load
 
     if sys.stdin is None or sys.stdout is None:
         raise DataError("standard input or output is closed, expected text in and text out. Redirect both, or pipe.")
-    where, dtype = pick_device(device), pick_dtype(precision)
-    loaded = load_model(model, device=where, dtype=dtype)
-    _warn_without_effect(
-        loaded.model,
-        student={"iterations": iterations, "length-beam": length_beam, "rerank": rerank},
-        teacher={"beam": beam, "length-penalty": length_penalty if rerank is None else None},
-    )
-    positions = loaded.model.max_positions
-    rescore: Rescore | None = None
-    if rerank is not None and isinstance(loaded.model, Student):
-        judge = load_model(rerank, device=where, dtype=dtype, kind="teacher")
-        rescore = _rescorer(loaded, judge)
-        positions = min(positions, judge.model.max_positions)
-    settings = DecodeSettings(
-        beam=beam or max(5, n_best),
-        iterations=iterations or 1,
-        length_beam=length_beam or max(loaded.card.get("length_beam", 3), n_best),
-        length_penalty=1.0 if length_penalty is None else length_penalty,
-        n_best=n_best,
-        max_tokens=max_tokens,
-        window=window or (1 if sys.stdin.isatty() else 4096),
-        max_positions=positions,
-        too_long=too_long,
-    )
-    translator = Translator(loaded, settings, rescore)
-    lengths = None if oracle_lengths is None else _lengths(oracle_lengths, loaded.target_vocabulary)
+    given = {"iterations": iterations, "length_beam": length_beam, "beam": beam, "length_penalty": length_penalty}
     with plain_warnings():
-        found = translator.translate_n_best(read_lines(sys.stdin.buffer), lengths=lengths)
-        if n_best == 1:
-            write_lines(translations[0][0] for translations in found)
-        else:
-            write_lines(
-                f"{number} ||| {text} ||| {hypothesis.score:.6f}"
-                for number, translations in enumerate(found)
-                for text, hypothesis in translations
-            )
+        translator = load(
+            model,
+            teacher=rerank,
+            device=device,
+            precision=precision,
+            n_best=n_best,
+            max_tokens=max_tokens,
+            window=window or (1 if sys.stdin.isatty() else DEFAULT_WINDOW),
+            too_long=too_long,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        _translate(translator, oracle_lengths)
+
+
+def _translate(translator: Translator, oracle_lengths: Path | None) -> None:
+    lengths = None if oracle_lengths is None else _lengths(oracle_lengths, translator.loaded.target_vocabulary)
+    found = translator.translate_n_best(read_lines(sys.stdin.buffer), lengths=lengths)
+    if translator.settings.n_best == 1:
+        write_lines(translations[0][0] for translations in found)
+    else:
+        write_lines(
+            f"{number} ||| {text} ||| {hypothesis.score:.6f}"
+            for number, translations in enumerate(found)
+            for text, hypothesis in translations
+        )
     if lengths is not None and next(lengths, None) is not None:
         raise DataError(f"{oracle_lengths}: has more lines than standard input, expected one for each. Align the two.")
-
-
-def pick_device(device: Device) -> torch.device:
-    """Raises ConfigError for a GPU that is not there."""
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda, but this torch sees no GPU. Use auto or cpu, or see `engine-fast doctor`.")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def pick_dtype(precision: Precision) -> torch.dtype:
-    import torch
-
-    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def read_lines(stream: Iterable[bytes]) -> Iterator[str]:
@@ -149,32 +121,7 @@ def plain_warnings() -> Iterator[None]:
         yield
 
 
-def _rescorer(student: LoadedModel, judge: LoadedModel) -> Rescore:
-    from engine_fast.energies import discrete_energy
-    from engine_fast.models import Teacher
-
-    for side in ("source", "target"):
-        own: Vocabulary = getattr(student, f"{side}_vocabulary")
-        other: Vocabulary = getattr(judge, f"{side}_vocabulary")
-        if own.fingerprint != other.fingerprint:
-            raise VocabularyError(
-                f"--rerank: the teacher's {side} vocabulary is {other.fingerprint[:12]}, the student's "
-                f"{own.fingerprint[:12]}. Rerank with the teacher that the student was trained with."
-            )
-    assert isinstance(judge.model, Teacher)
-    return partial(discrete_energy, judge.model.requires_grad_(False))
-
-
 def _lengths(references: Path, vocabulary: Vocabulary) -> Iterator[int]:
     from engine_fast.data.text import iter_lines
 
     return (len(vocabulary.encode(line)) + 1 for line in iter_lines(references))
-
-
-def _warn_without_effect(model: Network, *, student: dict[str, object], teacher: dict[str, object]) -> None:
-    from engine_fast.models import Student
-
-    ignored = teacher if isinstance(model, Student) else student
-    names = [f"--{name}" for name, value in ignored.items() if value is not None]
-    if names:
-        print(f"engine-fast: {', '.join(names)} without effect on a {model.kind} model", file=sys.stderr)

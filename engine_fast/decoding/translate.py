@@ -101,8 +101,14 @@ class Translator:
         own = self.loaded.model.max_positions
         return own if self.settings.max_positions is None else min(own, self.settings.max_positions)
 
-    def translate(self, lines: Iterable[str], *, lengths: Iterable[int] | None = None) -> Iterator[str]:
-        """One line out for each line in, in order. Empty lines stay empty.
+    def translate(self, sentences: Sequence[str]) -> list[str]:
+        """The translation of each sentence, in order. An empty one stays empty. Raises DataError as stream()."""
+        if isinstance(sentences, str):
+            raise DataError(f"translate got one string, {sentences[:40]!r}, expected a list of them. Put it in [ ].")
+        return list(self.stream(sentences))
+
+    def stream(self, lines: Iterable[str], *, lengths: Iterable[int] | None = None) -> Iterator[str]:
+        """One line out for each line in, in order; at most settings.window lines are held. Empty lines stay empty.
 
         lengths: known target length of every line in tokens, end symbol included (students only).
         Raises DataError for a line too long (too_long = refuse), or for fewer lengths than lines.

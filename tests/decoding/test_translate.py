@@ -36,7 +36,7 @@ def test_every_line_is_translated_as_if_alone_and_in_order(make) -> None:
     loaded = load_tiny(make())
     lines = random_lines(23)
     settings = DecodeSettings(beam=3, iterations=2, length_beam=3, max_tokens=100, window=9)
-    assert list(Translator(loaded, settings).translate(lines)) == [alone(loaded, line) for line in lines]
+    assert Translator(loaded, settings).translate(lines) == [alone(loaded, line) for line in lines]
 
 
 def test_it_streams_window_by_window() -> None:
@@ -48,20 +48,20 @@ def test_it_streams_window_by_window() -> None:
             read += 1
             yield line
 
-    out = Translator(load_tiny(make_teacher()), DecodeSettings(beam=1, window=4)).translate(lines())
+    out = Translator(load_tiny(make_teacher()), DecodeSettings(beam=1, window=4)).stream(lines())
     next(out)
     assert read == 4
     assert len(list(out)) == 11
-    assert list(Translator(load_tiny(make_teacher())).translate([])) == []
+    assert Translator(load_tiny(make_teacher())).translate([]) == []
 
 
 def test_empty_lines_stay_empty_and_are_counted() -> None:
     translator = Translator(load_tiny(make_student()))
     lines = ["", "mon tue", "  \t ", "\u3000", "wed"]
-    out = list(translator.translate(lines))
+    out = translator.translate(lines)
     assert [bool(line) for line in out] == [False, True, False, False, True]
     assert (translator.report.num_lines, translator.report.num_empty) == (5, 3)
-    assert list(Translator(load_tiny(make_student())).translate(["", ""])) == ["", ""]
+    assert Translator(load_tiny(make_student())).translate(["", ""]) == ["", ""]
 
 
 @pytest.mark.parametrize("make", [make_teacher, make_student])
@@ -70,19 +70,19 @@ def test_long_lines_are_truncated_counted_and_told_once(make) -> None:
     long = " ".join(["mon", "tue"] * 20)
     translator = Translator(loaded, DecodeSettings(window=2))
     with pytest.warns(UserWarning, match=r"2 of 4 sources, the first in line 2, were longer than 24 tokens") as told:
-        out = list(translator.translate(["wed", long, "thu", long + " sun"]))
+        out = translator.translate(["wed", long, "thu", long + " sun"])
     assert len(told) == 1
     assert translator.report.num_truncated == 2
-    assert out[1] == out[3] == next(Translator(loaded).translate([" ".join(long.split()[:23])]))
+    assert out[1] == out[3] == next(Translator(loaded).stream([" ".join(long.split()[:23])]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(list(translator.translate(["wed"]))) == 1
+        assert len(translator.translate(["wed"])) == 1
     assert (translator.report.num_lines, translator.report.num_truncated) == (1, 0)
 
 
 def test_long_lines_are_refused_by_number_when_asked() -> None:
     translator = Translator(load_tiny(make_student()), DecodeSettings(too_long="refuse", window=2))
-    out = translator.translate(["wed", "thu", "fri", " ".join(["mon"] * 24)])
+    out = translator.stream(["wed", "thu", "fri", " ".join(["mon"] * 24)])
     assert next(out)
     assert next(out)
     with pytest.raises(DataError, match=r"line 4: 25 tokens.*at most 24"):
@@ -100,7 +100,7 @@ def test_a_smaller_limit_bounds_sources_and_candidates() -> None:
 
 def test_control_characters_are_harmless() -> None:
     lines = ["mon\x00 tue", "\x00", "mon\u2028tue", "wed\x0cthu", "fri\r", "\ufeffsat", "\x1b[31msun"]
-    out = list(Translator(load_tiny(make_teacher()), DecodeSettings(beam=1)).translate(lines))
+    out = Translator(load_tiny(make_teacher()), DecodeSettings(beam=1)).translate(lines)
     assert len(out) == len(lines)
     assert not any("\n" in line for line in out)
 
@@ -110,7 +110,7 @@ def test_oracle_lengths_reach_the_student() -> None:
     found = list(translator.translate_n_best(["mon", "", "tue wed", "thu"], lengths=iter([4, 9, 7, 2])))
     assert [len(h.tokens) for [(_, h)] in found] == [4, 1, 7, 2]
     with pytest.raises(DataError, match="end after line 1"):
-        list(translator.translate(["mon", "tue"], lengths=[3]))
+        list(translator.stream(["mon", "tue"], lengths=[3]))
     with pytest.raises(DataError, match="1 target lengths for 2 sources"):
         translator.translate_ids([[5, EOS], [6, EOS]], lengths=[3])
     with pytest.raises(DataError, match="known only to a student"):

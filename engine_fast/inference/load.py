@@ -1,0 +1,114 @@
+"""From a directory to a translator: device, precision, the teacher that reranks, what the model's card advises."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine_fast.data.vocabulary import Vocabulary
+from engine_fast.decoding import DecodeSettings, Rescore, Translator
+from engine_fast.energies import discrete_energy
+from engine_fast.errors import ConfigError, VocabularyError, require
+from engine_fast.models import LoadedModel, Network, Student, Teacher, load_model
+
+LENGTH_BEAM = 3
+"""Length candidates of a student whose card names none."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_ONLY_STUDENT = ("iterations", "length_beam")
+_ONLY_TEACHER = ("beam", "length_penalty")
+
+
+def load(
+    path: str | Path,
+    *,
+    teacher: str | Path | None = None,
+    device: torch.device | str = "auto",
+    precision: str = "fp32",
+    **settings: Any,
+) -> Translator:
+    """The model in a directory, ready to translate: `load(path).translate(["Ein Satz."])`.
+
+    Args: path: what train, import or export wrote; a student or a teacher.
+        teacher (students only): directory of the teacher that chooses the length candidate of least energy per token.
+        device: auto (a GPU where there is one), cpu, cuda, cuda:N. precision: fp32 or bf16, of model and teacher.
+        settings: fields of DecodeSettings. Left out: length_beam is the model card's, else 3; a beam holds n_best;
+        max_positions is at most the model's and the teacher's.
+    Warns of what has no effect on this kind of model. No gradients: the weights are frozen.
+    Raises CheckpointError for a directory that is missing, damaged or of another kind, VocabularyError for a teacher
+    with another vocabulary, ConfigError for a setting, a device or a precision that does not exist.
+    """
+    known = [field.name for field in fields(DecodeSettings)]
+    for name in settings:
+        near = get_close_matches(name, known, 1)
+        require(name in known, "setting", name, f"one of {', '.join(known)}", f"Did you mean {near[0]!r}?" * bool(near))
+    where, dtype = pick_device(device), pick_dtype(precision)
+    loaded = load_model(path, device=where, dtype=dtype)
+    loaded.model.requires_grad_(False)
+    _warn_without_effect(loaded.model, settings, has_teacher=teacher is not None)
+    positions = [loaded.model.max_positions]
+    rescore: Rescore | None = None
+    if teacher is not None and isinstance(loaded.model, Student):
+        judge = load_model(teacher, device=where, dtype=dtype, kind="teacher")
+        rescore = _rescorer(loaded, judge)
+        positions.append(judge.model.max_positions)
+    if settings.get("max_positions") is not None:
+        positions.append(settings["max_positions"])
+    n_best = settings.get("n_best", 1)
+    advised = {
+        "beam": max(DecodeSettings().beam, n_best),
+        "length_beam": max(loaded.card.get("length_beam", LENGTH_BEAM), n_best),
+    }
+    return Translator(loaded, DecodeSettings(**advised | settings | {"max_positions": min(positions)}), rescore)
+
+
+def pick_device(device: torch.device | str) -> torch.device:
+    """auto: a GPU where there is one. Of several GPUs each rank of a launcher takes its own. Raises ConfigError."""
+    try:
+        asked = None if device == "auto" else torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device = {device!r}, expected auto, cpu, cuda or cuda:N.") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked is None:
+        asked = torch.device("cuda" if count else "cpu")
+    if asked.type != "cuda":
+        return asked
+    hint = "Use auto or cpu, or see `engine-fast doctor`."
+    require(count > 0, "device", str(asked), "auto or cpu, for this torch sees no GPU", hint)
+    index = int(os.environ.get("LOCAL_RANK", "0")) if asked.index is None else asked.index
+    require(index < count, "device", f"cuda:{index}", f"one of the {count} GPUs that this process sees", hint)
+    return torch.device("cuda", index)
+
+
+def pick_dtype(precision: str) -> torch.dtype:
+    """Raises ConfigError."""
+    require(precision in DTYPES, "precision", precision, " or ".join(DTYPES))
+    return DTYPES[precision]
+
+
+def _rescorer(student: LoadedModel, judge: LoadedModel) -> Rescore:
+    for side in ("source", "target"):
+        own: Vocabulary = getattr(student, f"{side}_vocabulary")
+        other: Vocabulary = getattr(judge, f"{side}_vocabulary")
+        if own.fingerprint != other.fingerprint:
+            raise VocabularyError(
+                f"the teacher's {side} vocabulary is {other.fingerprint[:12]}, the student's {own.fingerprint[:12]}. "
+                "Rerank with the teacher that the student was trained with."
+            )
+    assert isinstance(judge.model, Teacher)
+    return partial(discrete_energy, judge.model.requires_grad_(False))
+
+
+def _warn_without_effect(model: Network, settings: dict[str, Any], *, has_teacher: bool) -> None:
+    if isinstance(model, Student):
+        ignored = [name for name in _ONLY_TEACHER if name in settings and not (has_teacher and name != "beam")]
+    else:
+        ignored = [name for name in _ONLY_STUDENT if name in settings] + ["teacher"] * has_teacher
+    if ignored:
+        warnings.warn(f"{', '.join(ignored)}: without effect on a {model.kind} model", stacklevel=3)
