@@ -30,16 +30,16 @@ class Closed(Exception):
 class Job(Protocol):
     """What a thread does for its model."""
 
-    def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, at least 1: what a batch is measured in."""
+    def prepare(self, texts: Sequence[str]) -> list[Any]:
+        """Of each text what run() takes, with a len() of at least 1: what a batch is measured in."""
         ...
 
     def width(self, settings: Any) -> int:
         """How many rows a sentence takes in a batch of these settings."""
         ...
 
-    def run(self, settings: Any, texts: Sequence[str]) -> list[Any]:
-        """One result for each text, in order."""
+    def run(self, settings: Any, prepared: Sequence[Any]) -> list[Any]:
+        """One result for each sentence, in order."""
         ...
 
 
@@ -79,8 +79,8 @@ class _Item:
     """In the ticket."""
     text: str
     arrived: float
-    length: int = 0
-    """Known once the thread has seen it."""
+    prepared: Any = None
+    """By the thread, once it has seen it."""
 
 
 class Worker:
@@ -100,7 +100,7 @@ class Worker:
         self._inbox: list[_Item] = []
         self._num_waiting = 0
         self._closed = self._stopping = False
-        self._ready: list[_Item] = []  # the thread's own: measured, oldest first
+        self._ready: list[_Item] = []  # the thread's own: prepared, oldest first
         self._thread = threading.Thread(target=self._work, name=f"engine-fast-{name}", daemon=True)
         self._thread.start()
 
@@ -163,7 +163,7 @@ class Worker:
                     self._inbox = arrived
                     return None
             before = len(self._ready) + len(arrived)
-            self._measure([item for item in arrived if not item.ticket.future.done()])
+            self._prepare([item for item in arrived if not item.ticket.future.done()])
             self._ready = [item for item in self._ready if not item.ticket.future.done()]
             batch = self._gather() if self._ready else []
             with self._changed:
@@ -178,16 +178,16 @@ class Worker:
         """Seconds until the oldest arrival begins whether or not others have joined it; None: there is none."""
         return self._inbox[0].arrived + self._limits.gather_seconds - time.monotonic() if self._inbox else None
 
-    def _measure(self, items: list[_Item]) -> None:
-        for item, length in zip(items, self._job.lengths([item.text for item in items]), strict=True):
-            item.length = length
+    def _prepare(self, items: list[_Item]) -> None:
+        for item, prepared in zip(items, self._job.prepare([item.text for item in items]), strict=True):
+            item.prepared = prepared
         self._ready += items
 
     def _gather(self) -> list[_Item]:
         first = self._ready[0]
         budget = max(1, self._limits.batch_tokens // self._job.width(first.ticket.settings))
         equal = [item for item in self._ready if item.ticket.settings == first.ticket.settings]
-        plan = plan_batches([item.length for item in equal], budget)
+        plan = plan_batches([len(item.prepared) for item in equal], budget)
         chosen = next([equal[i] for i in batch] for batch in plan if 0 in batch)
         taken = set(map(id, chosen))
         self._ready = [item for item in self._ready if id(item) not in taken]
@@ -196,7 +196,7 @@ class Worker:
     def _run(self, batch: list[_Item]) -> None:
         start = time.perf_counter()
         try:
-            results = self._job.run(batch[0].ticket.settings, [item.text for item in batch])
+            results = self._job.run(batch[0].ticket.settings, [item.prepared for item in batch])
         except Exception:
             if len(batch) == 1:
                 raise
@@ -213,5 +213,5 @@ class Worker:
         try:
             self._run([item])
         except Exception as error:
-            log.exception("%s: a sentence of %d tokens failed", self.name, item.length)
+            log.exception("%s: a sentence of %d tokens failed", self.name, len(item.prepared))
             item.ticket.settle(error)

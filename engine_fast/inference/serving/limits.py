@@ -23,7 +23,7 @@ class Limits:
     """Mask-predict passes that a request may ask for (422)."""
     max_width: int = 20
     """Length candidates, or hypotheses of a beam, that a request may ask for (422)."""
-    batch_tokens: int = 8192
+    batch_tokens: int = 4096
     """Source tokens of one batch, padding included, times its length candidates or its beam."""
     gather_seconds: float = 0.002
     """How long the first sentence to reach an idle model waits for others to share its batch."""

@@ -1,0 +1,35 @@
+"""`engine-fast serve`: translation over HTTP, with a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine_fast.cli.translate import Device, Precision, plain_warnings
+
+
+def serve(
+    model: Annotated[Path, typer.Option(help="Model directory that answers by default: a student, or a teacher.")],
+    teacher: Annotated[
+        Path | None, typer.Option(help="Teacher directory: offered too, gives energies, reranks when asked.")
+    ] = None,
+    cmlm: Annotated[Path | None, typer.Option(help="A second student to compare with.")] = None,
+    host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    precision: Annotated[Precision, typer.Option(help="Of the models.")] = "fp32",
+    device: Annotated[Device, typer.Option(help="auto = cuda where there is one.")] = "auto",
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Source tokens, times length candidates or beam, per batch.")
+    ] = 4096,
+    max_queue: Annotated[int, typer.Option(min=256, help="Sentences that may wait for one model.")] = 4096,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is given up.")] = 30.0,
+) -> None:
+    """Serve translations over HTTP (POST /translate, GET /health and /metrics), and a page that shows how they arise."""
+    from engine_fast.inference.serving import Limits, create_app, load_systems, run
+
+    limits = Limits(batch_tokens=batch_tokens, max_queue=max_queue, timeout_seconds=timeout)
+    with plain_warnings():
+        systems = load_systems(model, teacher=teacher, cmlm=cmlm, device=device, precision=precision)
+        run(create_app(systems, limits), limits, host=host, port=port, say=typer.echo)
