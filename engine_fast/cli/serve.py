@@ -26,7 +26,7 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=256, help="Sentences that may wait for one model.")] = 4096,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is given up.")] = 30.0,
 ) -> None:
-    """Serve translations over HTTP (POST /translate, GET /health and /metrics), and a page that shows how they arise."""
+    """Serve translations over HTTP (POST /translate, GET /health, GET /metrics), and a page that explains them."""
     from engine_fast.inference.serving import Limits, create_app, load_systems, run
 
     limits = Limits(batch_tokens=batch_tokens, max_queue=max_queue, timeout_seconds=timeout)
