@@ -179,8 +179,18 @@ class Worker:
         return self._inbox[0].arrived + self._limits.gather_seconds - time.monotonic() if self._inbox else None
 
     def _prepare(self, items: list[_Item]) -> None:
-        for item, prepared in zip(items, self._job.prepare([item.text for item in items]), strict=True):
-            item.prepared = prepared
+        try:
+            prepared = self._job.prepare([item.text for item in items])
+        except Exception as error:
+            if len(items) == 1:
+                log.exception("%s: a text could not be prepared", self.name)
+                items[0].ticket.settle(error)
+                return
+            for item in items:
+                self._prepare([item])
+            return
+        for item, each in zip(items, prepared, strict=True):
+            item.prepared = each
         self._ready += items
 
     def _gather(self) -> list[_Item]:
