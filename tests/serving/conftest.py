@@ -32,9 +32,6 @@ def start(systems: dict[str, System]) -> Iterator[Callable[..., TestClient]]:
 
         def started(*, systems: dict[str, Any] = systems, **limits: Any) -> TestClient:
             app: FastAPI = create_app(systems, Limits(**limits))
-            client = stack.enter_context(TestClient(app, raise_server_exceptions=False))
-            while client.get("/health").json()["status"] == "starting":
-                pass
-            return client
+            return stack.enter_context(TestClient(app, raise_server_exceptions=False))
 
         yield started

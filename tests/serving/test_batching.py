@@ -81,7 +81,10 @@ def test_batches_hold_equal_settings_in_the_order_of_the_oldest(job: Echo) -> No
 
 def test_a_batch_keeps_to_its_tokens_and_the_oldest_is_in_it(job: Echo) -> None:
     worker = busy(job, batch_tokens=12)
-    short, wide = [worker.submit(["a" * 2], "s") for _ in range(9)], [worker.submit(["b" * 3], "wide") for _ in range(3)]
+    short, wide = (
+        [worker.submit(["a" * 2], "s") for _ in range(9)],
+        [worker.submit(["b" * 3], "wide") for _ in range(3)],
+    )
     long = worker.submit(["c" * 20], "s")
     job.gate.set()
     wait_for([ticket.future for ticket in [*short, *wide, long]], 30)

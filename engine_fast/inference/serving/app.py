@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -47,15 +48,16 @@ def create_app(systems: Mapping[str, System], limits: Limits | None = None) -> F
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.start()
+        await asyncio.to_thread(service.start)
         yield
-        service.stop()
+        await asyncio.to_thread(service.stop)
 
     # FastAPI's pages of documentation fetch from a CDN: they are off, the schema is at /openapi.json.
     app = FastAPI(title="engine_fast", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     app.add_middleware(Gate, limits=limits, metrics=metrics)
     app.add_exception_handler(RequestValidationError, _tell_invalid)
+    app.add_exception_handler(Exception, _tell_bug)
 
     @app.post("/translate", response_model_exclude_none=True, responses=_PROBLEMS)
     async def translate(body: TranslateRequest, request: Request) -> TranslateResponse:
@@ -112,6 +114,11 @@ async def _tell_invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     problems = [{key: each[key] for key in ("type", "loc", "msg")} for each in error.errors()]
     return JSONResponse({"detail": problems[:20]}, 422)
+
+
+async def _tell_bug(_: Request, error: Exception) -> JSONResponse:
+    """What nobody foresaw; the log has its traceback."""
+    return JSONResponse({"detail": f"a bug in the service ({type(error).__name__})"}, 500)
 
 
 def _cut(found: list[Translation]) -> list[str]:

@@ -19,10 +19,6 @@ class Limits:
     """Characters of one sentence (422). Of what then is longer than the model's positions only the start is used."""
     max_queue: int = 4096
     """Sentences that wait for one model; a request that does not fit gets 429 and when to try again."""
-    max_iterations: int = 20
-    """Mask-predict passes that a request may ask for (422)."""
-    max_width: int = 20
-    """Length candidates, or hypotheses of a beam, that a request may ask for (422)."""
     batch_tokens: int = 4096
     """Source tokens of one batch, padding included, times its length candidates or its beam."""
     gather_seconds: float = 0.002

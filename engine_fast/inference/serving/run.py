@@ -16,6 +16,17 @@ from engine_fast.inference.serving.limits import Limits
 _BACKLOG = 2048
 
 
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+
 def run(app: FastAPI, limits: Limits, *, host: str, port: int, say: Callable[[str], object]) -> None:
     """Serve until a signal; then answer what was accepted, within limits.drain_seconds, and return.
 
@@ -33,11 +44,10 @@ def run(app: FastAPI, limits: Limits, *, host: str, port: int, say: Callable[[st
         ws="none",
     )
     with bind(host, port) as listening:
-        say(f"serving at {address(listening)}")
         # uvicorn raises the signal that ended it once more, for whoever handled it before: it has done its work.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        uvicorn.Server(config).run(sockets=[listening])
+        _Server(config, lambda: say(f"serving at {address(listening)}")).run(sockets=[listening])
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from engine_fast.inference.serving.systems import Wish
 
 Name = Literal["engine", "cmlm", "teacher"]
+MAX_COUNT = 20
+"""Passes, length candidates or hypotheses that a request may ask for."""
+
+
+def _whole(value: Any) -> Any:
+    """In JSON 2.0 is an integer too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT), BeforeValidator(_whole)]
 
 
 class Decoding(BaseModel):
@@ -18,11 +28,11 @@ class Decoding(BaseModel):
 
     model: Name | None = None
     """Which of the served models; the first one that was given to `engine-fast serve`, if left out."""
-    iterations: PositiveInt | None = None
+    iterations: Count | None = None
     """Mask-predict passes of a student."""
-    length_beam: PositiveInt | None = None
+    length_beam: Count | None = None
     """Length candidates of a student."""
-    beam: PositiveInt | None = None
+    beam: Count | None = None
     """Hypotheses of the teacher's beam search; 1 is greedy."""
     rerank: bool = False
     """Let the teacher choose among a student's length candidates."""
@@ -109,8 +119,7 @@ class Health(BaseModel):
     reranks: bool
     """Whether a teacher is there to choose among length candidates, and to give energies."""
     max_characters: int
-    max_iterations: int
-    max_width: int
+    max_sentences: int
     versions: dict[str, str]
 
 

@@ -6,6 +6,7 @@ import asyncio
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import wait
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from fastapi import HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 
 from engine_fast import __version__
-from engine_fast.inference.serving.batching import Closed, QueueFull, Ticket, Worker
+from engine_fast.inference.serving.batching import Closed, QueueFull, Worker
 from engine_fast.inference.serving.limits import Limits
 from engine_fast.inference.serving.metrics import Metrics
 from engine_fast.inference.serving.schema import Decoding, Health, Served
@@ -30,14 +31,15 @@ class Service:
         self.systems, self.limits, self.metrics = dict(systems), limits, metrics
         self._workers: dict[str, Worker] = {}
         self._status: Literal["starting", "ready", "stopping"] = "starting"
-        self._warm: list[Ticket] = []
 
     def start(self) -> None:
         """Start the threads and let each translate a word, because a network's first batch is its slowest."""
         for name, system in self.systems.items():
             self._workers[name] = self._worker(name, system)
             self.metrics.watch_queue(name, lambda name=name: self._workers[name].num_waiting)  # type: ignore[misc]
-            self._warm.append(self._workers[name].submit(["a"], system.settled(Wish())))
+        first = [self._workers[name].submit(["a"], system.settled(Wish())) for name, system in self.systems.items()]
+        wait([ticket.future for ticket in first])
+        self._status = "ready"
 
     def _worker(self, name: str, system: System) -> Worker:
         return Worker(name, system, self.limits, on_batch=lambda count, seconds: self.metrics.ran(name, count, seconds))
@@ -51,8 +53,6 @@ class Service:
 
     def health(self) -> Health:
         status: Literal["starting", "ready", "failed", "stopping"] = self._status
-        if status == "starting" and self._warm and all(ticket.future.done() for ticket in self._warm):
-            self._status = status = "ready"
         if status == "ready" and not all(worker.alive for worker in self._workers.values()):
             status = "failed"
         return Health(
@@ -60,22 +60,13 @@ class Service:
             models=[_served(name, system) for name, system in self.systems.items()],
             reranks="teacher" in self.systems,
             max_characters=self.limits.max_characters,
-            max_iterations=self.limits.max_iterations,
-            max_width=self.limits.max_width,
+            max_sentences=self.limits.max_sentences,
             versions={"engine_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
 
     def choose(self, asked: Decoding) -> System:
-        """The system that a request is for. Raises 404 for one that is not served, 422 for too much work."""
-        for name, limit in (
-            ("iterations", self.limits.max_iterations),
-            ("length_beam", self.limits.max_width),
-            ("beam", self.limits.max_width),
-        ):
-            value = getattr(asked, name)
-            if value is not None and value > limit:
-                raise refused((name,), f"{name} = {value}, expected at most {limit}")
-        name = asked.model or next(iter(self.systems))
+        """The system that a request is for. Raises 404 for one that is not served."""
+        name = asked.model or str(next(iter(self.systems)))
         if name not in self.systems:
             raise HTTPException(404, f"model {name!r} is not served here; {', '.join(self.systems)} are")
         return self.systems[name]
