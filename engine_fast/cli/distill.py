@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,8 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from engine_fast.cli.translate import Device, Precision
-from engine_fast.errors import ConfigError
+from engine_fast.cli.translate import Device, Precision, place_among_processes
 
 
 def distill(
@@ -38,7 +36,7 @@ def distill(
     from engine_fast.inference.load import pick_device
     from engine_fast.models import load_model
 
-    rank, world_size = _place_among_processes()
+    rank, world_size = place_among_processes()
     where = pick_device(device)
     config = DistillConfig(
         beam=beam,
@@ -54,11 +52,3 @@ def distill(
         corpus = run(teacher, prepared, config, out, split=split, rank=rank, world_size=world_size, device=where)
     if corpus is not None:
         print(f"{out}: {len(corpus)} pairs", file=sys.stderr)
-
-
-def _place_among_processes() -> tuple[int, int]:
-    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
-        got = f"RANK = {rank!r} and WORLD_SIZE = {world_size!r}"
-        raise ConfigError(f"{got}, expected 0 <= RANK < WORLD_SIZE. Start with a launcher, or unset both.")
-    return int(rank), int(world_size)

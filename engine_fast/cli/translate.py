@@ -6,17 +6,18 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from engine_fast.errors import DataError
+from engine_fast.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from engine_fast.data.vocabulary import Vocabulary
+    from engine_fast.data.text import DecodingErrors
     from engine_fast.decoding import Translator
+    from engine_fast.inference.workers import Workers
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
@@ -47,57 +48,96 @@ def translate(
         int | None, typer.Option(min=1, help="Lines read before the first is written. [4096; 1 on a terminal]")
     ] = None,
     too_long: Annotated[
-        Literal["truncate", "refuse"], typer.Option(help="For lines beyond the model's positions.")
+        Literal["truncate", "split", "refuse"],
+        typer.Option(help="Lines beyond the model's positions: cut off, translated in parts, or an error."),
     ] = "truncate",
+    encoding_errors: Annotated[
+        Literal["strict", "replace"], typer.Option(help="Bytes that are not UTF-8: an error, or U+FFFD, counted.")
+    ] = "strict",
+    source: Annotated[
+        Path | None, typer.Option("--input", help="File instead of standard input; plain, .gz or .xz.")
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option("--output", help="File instead of standard output; goes on after a kill, shared by ranks."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of each process. [its share of the CPUs]")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the lines, on CPUs.")] = 1,
     precision: Annotated[Precision, typer.Option(help="Of the models.")] = "fp32",
     device: Annotated[Device, typer.Option(help="auto = cuda where there is one.")] = "auto",
 ) -> None:
-    """Translate lines from standard input to standard output, in order; an empty line stays empty."""
+    """Translate lines from standard input to standard output, in order; an empty line stays empty.
+
+    With --input and --output the processes of a launcher share the work, and the same command goes on after a kill.
+    """
+    from engine_fast.data.text import decode_lines, open_binary
+    from engine_fast.inference.files import job_of, require_files, translate_file
     from engine_fast.inference.load import load
+    from engine_fast.inference.workers import Workers, use_threads
 
-    if sys.stdin is None or sys.stdout is None:
+    rank, world_size = place_among_processes()
+    require_files(source, target, world_size)
+    if (source is None and sys.stdin is None) or (target is None and sys.stdout is None):
         raise DataError("standard input or output is closed, expected text in and text out. Redirect both, or pipe.")
+    if target is not None and oracle_lengths is not None:
+        raise ConfigError("--oracle-lengths goes line by line with standard output. Leave --output out.")
+    waits = source is None and sys.stdin.isatty()
     given = {"iterations": iterations, "length_beam": length_beam, "beam": beam, "length_penalty": length_penalty}
-    with plain_warnings():
-        translator = load(
-            model,
-            teacher=rerank,
-            device=device,
-            precision=precision,
-            n_best=n_best,
-            max_tokens=max_tokens,
-            window=window or (1 if sys.stdin.isatty() else DEFAULT_WINDOW),
-            too_long=too_long,
-            **{name: value for name, value in given.items() if value is not None},
-        )
-        _translate(translator, oracle_lengths)
+    settings: dict[str, Any] = {
+        "precision": precision,
+        "n_best": n_best,
+        "max_tokens": max_tokens,
+        "window": window or (1 if waits else DEFAULT_WINDOW),
+        "too_long": too_long,
+        **{name: value for name, value in given.items() if value is not None},
+    }
+    errors: DecodingErrors = "strict" if encoding_errors == "strict" else "surrogateescape"
+    with ExitStack() as stack:
+        stack.enter_context(plain_warnings())
+        translator: Translator | Workers
+        if workers > 1:
+            how = {"teacher": rerank, "device": device, **settings}
+            translator = stack.enter_context(Workers(model, num_workers=workers, threads=threads, **how))
+        else:
+            use_threads(threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            translator = load(model, teacher=rerank, device=device, **settings)
+        if source is not None and target is not None:
+            report = translate_file(
+                translator, source, target, job=job_of(model, rerank, settings), n_best=n_best, errors=errors,
+                rank=rank, world_size=world_size,
+            )  # fmt: skip
+            if report is not None:
+                print(f"{target}: {report.num_lines} lines", file=sys.stderr)
+            return
+        stream = sys.stdin.buffer if source is None else stack.enter_context(open_binary(source))
+        lines = decode_lines(stream, "standard input" if source is None else str(source), errors=errors)
+        _pipe(translator, lines, oracle_lengths, model, n_best)
 
 
-def _translate(translator: Translator, oracle_lengths: Path | None) -> None:
-    lengths = None if oracle_lengths is None else _lengths(oracle_lengths, translator.loaded.target_vocabulary)
-    found = translator.translate_n_best(read_lines(sys.stdin.buffer), lengths=lengths)
-    if translator.settings.n_best == 1:
-        write_lines(translations[0][0] for translations in found)
-    else:
-        write_lines(
-            f"{number} ||| {text} ||| {hypothesis.score:.6f}"
-            for number, translations in enumerate(found)
-            for text, hypothesis in translations
-        )
+def _pipe(
+    translator: Translator | Workers, lines: Iterator[str], references: Path | None, model: Path, n_best: int
+) -> None:
+    from engine_fast.data.text import iter_lines
+    from engine_fast.inference.files import render
+    from engine_fast.models.store import load_vocabularies
+
+    lengths: Iterator[int] | None = None
+    if references is not None:
+        encode = load_vocabularies(model)[1].encode
+        lengths = (len(encode(line)) + 1 for line in iter_lines(references))
+    found = translator.translate_n_best(lines, lengths=lengths)
+    write_lines(render(number, each, n_best) for number, each in enumerate(found, start=1))
     if lengths is not None and next(lengths, None) is not None:
-        raise DataError(f"{oracle_lengths}: has more lines than standard input, expected one for each. Align the two.")
+        raise DataError(f"{references}: has more lines than the input, expected one for each. Align the two.")
 
 
-def read_lines(stream: Iterable[bytes]) -> Iterator[str]:
-    """Lines that end at newlines alone. Raises DataError that names the first line that is not UTF-8."""
-    for number, line in enumerate(stream, start=1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"standard input: line {number} is not UTF-8 (byte {error.object[error.start]:#04x} at position "
-                f"{error.start}). Convert it, for example with iconv -t UTF-8, or remove the line."
-            ) from error
+def place_among_processes() -> tuple[int, int]:
+    """(rank, number of ranks) as a launcher says. Raises ConfigError."""
+    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        got = f"RANK = {rank!r} and WORLD_SIZE = {world_size!r}"
+        raise ConfigError(f"{got}, expected 0 <= RANK < WORLD_SIZE. Start with a launcher, or unset both.")
+    return int(rank), int(world_size)
 
 
 def write_lines(lines: Iterable[str]) -> None:
@@ -119,9 +159,3 @@ def plain_warnings() -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_args, **_kwargs: print(f"engine-fast: {message}", file=sys.stderr)
         yield
-
-
-def _lengths(references: Path, vocabulary: Vocabulary) -> Iterator[int]:
-    from engine_fast.data.text import iter_lines
-
-    return (len(vocabulary.encode(line)) + 1 for line in iter_lines(references))

@@ -13,10 +13,12 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from engine_fast.errors import ConfigError, DataError
 
@@ -141,6 +143,20 @@ def writing(path: Path) -> Iterator[None]:
         else:
             hint = "Choose a directory that you may write to."
         raise DataError(f"{place}: cannot be written ({error.strerror or error}). {hint}") from error
+
+
+@contextmanager
+def replacing(path: Path, mode: str) -> Iterator[Any]:
+    """A file that takes its name only when it is whole and on disk. Text is UTF-8. Raises DataError as writing()."""
+    fresh = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")  # ranks may sit on several hosts
+    try:
+        with writing(path), open(fresh, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def sync_directory(directory: Path) -> None:

@@ -16,9 +16,11 @@ import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Literal, cast
 
 from engine_fast.errors import ConfigError, DataError
+
+DecodingErrors = Literal["strict", "surrogateescape"]
 
 
 def normalise(text: str) -> str:
@@ -48,23 +50,39 @@ def open_binary(path: Path) -> BinaryIO:
     return raw
 
 
-def iter_lines(path: Path) -> Iterator[str]:
-    """The normalised lines of a file, in constant memory.
-
-    Raises DataError: not readable, a damaged archive, bytes that are not UTF-8 (with the line number from 1).
-    """
+def raw_lines(stream: Iterable[bytes], origin: str) -> Iterator[bytes]:
+    """The stream's lines. Raises DataError where it cannot be read on, as in a damaged archive."""
     number = 0
-    with open_binary(path) as stream:
+    try:
+        for line in stream:
+            yield line
+            number += 1
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(f"{origin}: damaged after line {number} ({error}). Copy or download it again.") from error
+
+
+def decode_lines(
+    stream: Iterable[bytes], origin: str, *, first_line: int = 1, errors: DecodingErrors = "strict"
+) -> Iterator[str]:
+    """Lines as text, without their ends and without the mark that may begin a file; UTF-8.
+
+    Raises DataError as raw_lines(), and under errors="strict" for bytes that are not UTF-8, with the line's number.
+    """
+    for number, line in enumerate(raw_lines(stream, origin), start=first_line):
         try:
-            for number, line in enumerate(stream, start=1):
-                yield normalise(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8", errors).rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{path}: line {number} is not UTF-8 (byte {error.object[error.start]:#04x} at position "
-                f"{error.start}). Convert the file, for example with iconv -t UTF-8, or remove the line."
+                f"{origin}: line {number} is not UTF-8 (byte {error.object[error.start]:#04x} at position "
+                f"{error.start}). Convert the text, for example with iconv -t UTF-8, or remove the line."
             ) from error
-        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-            raise DataError(f"{path}: damaged after line {number} ({error}). Copy or download it again.") from error
+
+
+def iter_lines(path: Path) -> Iterator[str]:
+    """The normalised lines of a file, in constant memory. Raises DataError: not readable, or as decode_lines()."""
+    with open_binary(path) as stream:
+        for line in decode_lines(stream, str(path)):
+            yield normalise(line)
 
 
 def iter_pairs(source: Path, target: Path) -> Iterator[tuple[str, str]]:

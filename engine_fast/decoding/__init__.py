@@ -11,7 +11,8 @@ from engine_fast.decoding.mask_predict import (
     mask_predict_candidates,
     mask_predict_n_best,
 )
-from engine_fast.decoding.translate import DecodeSettings, TranslateReport, Translator
+from engine_fast.decoding.sources import TranslateReport
+from engine_fast.decoding.translate import DecodeSettings, Translator
 
 __all__ = [
     "Candidates",

@@ -8,31 +8,27 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from engine_fast.config import DistillConfig
-from engine_fast.data.atomic import writing
+from engine_fast.data.atomic import replacing
 from engine_fast.data.corpus import ParallelCorpus
 from engine_fast.data.prepared import Prepared
 from engine_fast.data.shards import ShardWriter
+from engine_fast.decoding.chunks import Chunks, progress
 from engine_fast.decoding.translate import DecodeSettings, Translator
 from engine_fast.distributed.presence import beat
-from engine_fast.errors import CheckpointError, DataError
+from engine_fast.errors import CheckpointError
 from engine_fast.models import LoadedModel, Teacher
 
 REPORT = "distill.json"
@@ -87,43 +83,27 @@ def distill(
     key = _key(loaded.model, corpus, config)
     if _finished(directory, key):
         return ParallelCorpus.open(directory / CORPUS) if rank == 0 else None
-    chunks = directory / f"chunks-{key[:16]}"
-    with writing(chunks):
-        chunks.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(corpus), config.chunk_sentences)
-    paths = [chunks / f"{number:06d}.npz" for number in range(len(starts))]
+    sizes = [min(config.chunk_sentences, len(corpus) - start) for start in starts]
+    folder = directory / f"chunks-{key[:16]}"
+    chunks = Chunks(folder, len(starts), ".npz", lambda: _finished(directory, key), rank, world_size)
+    chunks.make_directory()
 
     model = _place(loaded.model, _DTYPES[config.precision], device)
     settings = DecodeSettings(
         beam=config.beam, length_penalty=config.length_penalty, n_best=config.n_best, max_tokens=config.max_tokens
     )
     teacher = LoadedModel(model, loaded.source_vocabulary, loaded.target_vocabulary, loaded.card)
-    own = [number for number in range(len(paths)) if number % world_size == rank]
-    others = [number for number in reversed(range(len(paths))) if number % world_size != rank]
-    sizes = [min(config.chunk_sentences, len(corpus) - start) for start in starts]
-    ready = {number for number, path in enumerate(paths) if path.exists()}
-    with _progress(len(corpus), sum(sizes[n] for n in ready), show_progress and rank == 0) as advance:
-        for number in own + others:
-            if number in ready:
-                continue
-            if paths[number].exists() or _finished(directory, key):
-                advance(sizes[number])  # another rank's work since the start
-                continue
+    done = sum(sizes[number] for number in chunks.present())
+    with progress("distill", len(corpus), done, show_progress and rank == 0) as advance:
+        for number in chunks.missing(passed=lambda number: advance(sizes[number])):
             sources = [corpus.source(starts[number] + i) for i in range(sizes[number])]
             beat(f"distill: chunk {number + 1}")
             chunk = _search(Translator(teacher, settings), sources, advance)
-            try:
-                _write_chunk(paths[number], chunk)
-            except DataError:
-                # Another rank was quicker, rank 0 has assembled everything, and the folder of chunks is gone. A file
-                # server may show that before it shows the report.
-                if not _finished(directory, key) and (rank == 0 or chunks.is_dir()):
-                    raise
+            chunks.write(number, partial(_write_chunk, chunk))
     if rank == 0:
-        _assemble(directory, key, corpus, paths, config, prepared)
-    if _finished(directory, key):
-        # By every rank, after its own last chunk: it may have come late, into a folder that was being removed.
-        shutil.rmtree(chunks, ignore_errors=True)
+        _assemble(directory, key, corpus, chunks.paths, config, prepared)
+    chunks.remove()
     return ParallelCorpus.open(directory / CORPUS) if rank == 0 else None
 
 
@@ -169,16 +149,15 @@ def _search(translator: Translator, sources: list[NDArray[Any]], advance: Callab
     )
 
 
-def _write_chunk(path: Path, chunk: _Chunk) -> None:
-    with _replacing(path, "wb") as file:
-        np.savez(
-            file,
-            counts=chunk.counts,
-            lengths=chunk.lengths,
-            tokens=chunk.tokens,
-            log_probabilities=chunk.log_probabilities,
-            num_truncated=np.int64(chunk.num_truncated),
-        )
+def _write_chunk(chunk: _Chunk, file: IO[bytes]) -> None:
+    np.savez(
+        file,
+        counts=chunk.counts,
+        lengths=chunk.lengths,
+        tokens=chunk.tokens,
+        log_probabilities=chunk.log_probabilities,
+        num_truncated=np.int64(chunk.num_truncated),
+    )
 
 
 def _read_chunk(path: Path) -> _Chunk:
@@ -208,8 +187,8 @@ def _assemble(
     )
     with (
         writer as shards,
-        _replacing(directory / "source.txt", "w") as source_text,
-        _replacing(directory / "target.txt", "w") as target_text,
+        replacing(directory / "source.txt", "w") as source_text,
+        replacing(directory / "target.txt", "w") as target_text,
     ):
         index = 0
         for path in paths:
@@ -238,41 +217,9 @@ def _assemble(
         "mean_log_probability": total / max(1, num_pairs),
         "config": config.model_dump(mode="json"),
     }
-    with _replacing(directory / REPORT, "w") as file:
+    with replacing(directory / REPORT, "w") as file:
         file.write(json.dumps(report, indent=2) + "\n")
 
 
 def _one_line(text: str) -> str:
     return text.replace("\n", " ") + "\n"
-
-
-@contextmanager
-def _replacing(path: Path, mode: str) -> Iterator[Any]:
-    """A file that takes its name only when it is whole and on disk."""
-    fresh = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")  # ranks may sit on several hosts
-    try:
-        with writing(path), open(fresh, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} sentences/s" if task.speed else "", style="cyan")
-
-
-@contextmanager
-def _progress(total: int, done: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("distill"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
-        task = progress.add_task("distill", total=total, completed=done)
-
-        def advance(count: int) -> None:
-            beat("distill: translating")
-            progress.advance(task, count)
-
-        yield advance

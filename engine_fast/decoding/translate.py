@@ -6,11 +6,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal
+from typing import get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engine_fast.data.symbols import EOS, MASK, PAD
@@ -19,10 +17,14 @@ from engine_fast.decoding.autoregressive import NEVER_EMITTED, MaxLength
 from engine_fast.decoding.generate import generate
 from engine_fast.decoding.hypothesis import Hypothesis
 from engine_fast.decoding.mask_predict import Rescore, mask_predict_n_best
+from engine_fast.decoding.sources import Ids, TooLong, TranslateReport, encode_lines, fit_sources, one_line
 from engine_fast.errors import DataError, require
 from engine_fast.models import LoadedModel, Student, Teacher
 
-Ids = Sequence[int] | NDArray[np.integer]
+Translation = tuple[str, Hypothesis]
+
+WINDOW_CHARACTERS = 1 << 24
+"""A window ends here, whatever its number of lines, so that lines of a million characters do not fill the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,29 +49,17 @@ class DecodeSettings:
     """Lines read before the first is written; sorted by length among themselves."""
     max_positions: int | None = None
     """Longest source, and a student's longest candidate, in tokens, end symbol included; at most the model's own."""
-    too_long: Literal["truncate", "refuse"] = "truncate"
-    """What happens to a longer source."""
+    too_long: TooLong = "truncate"
+    """What happens to a longer source: it loses its end; it is translated in parts that are joined with spaces (cut
+    at ends of sentences, else at spaces, else between pieces); or it is an error."""
 
     def __post_init__(self) -> None:
         for key in ("beam", "iterations", "length_beam", "n_best", "max_tokens", "window"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         require(self.length_penalty >= 0, "length_penalty", self.length_penalty, "0 or more")
-        require(self.too_long in ("truncate", "refuse"), "too_long", self.too_long, "truncate or refuse")
+        require(self.too_long in get_args(TooLong), "too_long", self.too_long, "truncate, split or refuse")
         positions = self.max_positions
         require(positions is None or positions >= 2, "max_positions", positions, "at least 2 (a word and the end)")
-
-
-@dataclass(slots=True)
-class TranslateReport:
-    """What became of the lines of the last stream, so far."""
-
-    num_lines: int = 0
-    num_empty: int = 0
-    """Lines without a piece; their translation is an empty line."""
-    num_truncated: int = 0
-    """Sources cut to the model's positions."""
-    first_truncated: int | None = None
-    """Number of the first such line, counted from 1."""
 
 
 @dataclass(slots=True)
@@ -107,36 +97,60 @@ class Translator:
             raise DataError(f"translate got one string, {sentences[:40]!r}, expected a list of them. Put it in [ ].")
         return list(self.stream(sentences))
 
-    def stream(self, lines: Iterable[str], *, lengths: Iterable[int] | None = None) -> Iterator[str]:
+    def stream(
+        self, lines: Iterable[str], *, lengths: Iterable[int] | None = None, first_line: int = 1
+    ) -> Iterator[str]:
         """One line out for each line in, in order; at most settings.window lines are held. Empty lines stay empty.
 
+        Control characters are read as spaces, and no translation holds a line end of any kind. Warns at the end, in
+        one line, of what was unusual; self.report has the counts.
         lengths: known target length of every line in tokens, end symbol included (students only).
+        first_line: number of the first line, where errors and warnings name one.
         Raises DataError for a line too long (too_long = refuse), or for fewer lengths than lines.
         """
-        for translations in self.translate_n_best(lines, lengths=lengths):
+        for translations in self.translate_n_best(lines, lengths=lengths, first_line=first_line):
             yield translations[0][0]
 
     def translate_n_best(
-        self, lines: Iterable[str], *, lengths: Iterable[int] | None = None
-    ) -> Iterator[list[tuple[str, Hypothesis]]]:
-        """Up to n_best (text, hypothesis) pairs per line, best first; always at least one."""
-        reader = iter(lines)
+        self, lines: Iterable[str], *, lengths: Iterable[int] | None = None, first_line: int = 1
+    ) -> Iterator[list[Translation]]:
+        """Up to n_best (text, hypothesis) pairs per line, best first; always at least one. See stream().
+
+        A line in parts has the parts' k-th best as its k-th: tokens and log-probabilities together, and as score
+        the mean over tokens of the parts' scores.
+        """
         known = None if lengths is None else iter(lengths)
-        decode = self.loaded.target_vocabulary.decode
         self.report = TranslateReport()
         try:
-            while window := list(islice(reader, self.settings.window)):
+            for window in windows(lines, self.settings.window):
                 sizes = None if known is None else list(islice(known, len(window)))
-                for found in self._search_window(window, sizes):
-                    yield [(decode(h.tokens).replace("\n", " "), h) for h in found]
+                number = first_line + self.report.num_lines
+                found, report = self.translate_window(window, first_line=number, lengths=sizes)
+                self.report.add(report)
+                yield from found
         finally:
-            if self.report.num_truncated:
-                warnings.warn(
-                    f"{self.report.num_truncated} of {self.report.num_lines} sources, the first in line "
-                    f"{self.report.first_truncated}, were longer than {self.max_positions} tokens and were truncated. "
-                    "Split them, or train with more positions.",
-                    stacklevel=2,
-                )
+            summary = self.report.summary(self.max_positions)
+            if summary:
+                warnings.warn(summary, stacklevel=2)
+
+    def translate_window(
+        self, window: Sequence[str], *, first_line: int = 1, lengths: Sequence[int] | None = None
+    ) -> tuple[list[list[Translation]], TranslateReport]:
+        """translate_n_best of these lines together, and a report on them alone; self.report stays as it is."""
+        if lengths is not None and len(lengths) < len(window):
+            done = first_line - 1 + len(lengths)
+            raise DataError(f"target lengths end after line {done}, the input goes on. Give one length per line.")
+        report = TranslateReport()
+        enough = self.max_positions if self.settings.too_long == "truncate" else 0
+        rows = encode_lines(window, self.loaded.source_vocabulary, enough, report)
+        decode = self.loaded.target_vocabulary.decode
+        translations: list[list[Translation]] = []
+        for row, parts in zip(rows, self._search(rows, lengths, report, first_line), strict=True):
+            ranked = zip(*parts, strict=False)  # parts may differ in how many hypotheses they have
+            texts = [(" ".join(filter(None, (decode(h.tokens) for h in each))), _joined(each)) for each in ranked]
+            translations.append([(one_line(text).strip(), hypothesis) for text, hypothesis in texts])
+            report.num_blank += len(row) > 1 and not translations[-1][0][0]
+        return translations, report
 
     def translate_ids(self, sources: Sequence[Ids], *, lengths: Sequence[int] | None = None) -> list[Hypothesis]:
         """The best hypothesis of each source. Sources are ids that end in EOS."""
@@ -158,41 +172,41 @@ class Translator:
         if lengths is not None and len(lengths) != len(sources):
             raise DataError(f"{len(lengths)} target lengths for {len(sources)} sources. Give one length per source.")
         self.report = TranslateReport()
-        return self._search(sources, lengths, advance)
+        found = self._search(sources, lengths, self.report, 1, advance)
+        return [[_joined(each) for each in zip(*parts, strict=False)] for parts in found]
 
     def _search(
-        self, sources: Sequence[Ids], lengths: Sequence[int] | None, advance: Callable[[int], None] | None = None
-    ) -> list[list[Hypothesis]]:
-        limit = self.max_positions
-        first = self.report.num_lines + 1
-        rows: list[list[int]] = []
-        for number, source in enumerate(sources, first):
-            row = [int(token) for token in source]
-            if len(row) > limit:
-                row = self._cut(row, number)
-            rows.append(row)
-        self.report.num_lines += len(rows)
-        results: list[list[Hypothesis]] = [[Hypothesis([EOS], 0.0, 0.0)] for _ in rows]
-        filled = [i for i, row in enumerate(rows) if len(row) > 1]
-        num_empty = len(rows) - len(filled)
-        self.report.num_empty += num_empty
-        if advance is not None and num_empty:
-            advance(num_empty)
-        for batch in plan_batches([len(rows[i]) for i in filled], self.settings.max_tokens // self.width):
+        self,
+        sources: Sequence[Ids],
+        lengths: Sequence[int] | None,
+        report: TranslateReport,
+        first_line: int,
+        advance: Callable[[int], None] | None = None,
+    ) -> list[list[list[Hypothesis]]]:
+        """For each source, for each of its parts, hypotheses."""
+        too_long, limit = self.settings.too_long, self.max_positions
+        fitted = fit_sources(sources, self.loaded.source_vocabulary, limit, too_long, first_line, report)
+        if lengths is not None and report.num_split:
+            raise DataError(
+                f"line {report.first_long}: longer than {limit} tokens, and a known target length is of the whole, "
+                "not of its parts. Let long lines be truncated or refused (too_long)."
+            )
+        parts, lines = fitted.parts, fitted.lines
+        results: list[list[Hypothesis]] = [[Hypothesis([EOS], 0.0, 0.0)] for _ in parts]
+        filled = [i for i, part in enumerate(parts) if len(part) > 1]
+        if advance is not None and len(filled) < len(parts):
+            advance(len(parts) - len(filled))
+        for batch in plan_batches([len(parts[i]) for i in filled], self.settings.max_tokens // self.width):
             chosen = [filled[position] for position in batch]
-            sizes = None if lengths is None else [lengths[i] for i in chosen]
-            for i, found in zip(chosen, self._search_batch([rows[i] for i in chosen], sizes), strict=True):
+            sizes = None if lengths is None else [lengths[lines[i]] for i in chosen]
+            for i, found in zip(chosen, self._search_batch([parts[i] for i in chosen], sizes), strict=True):
                 results[i] = found
-            if advance is not None:
-                advance(len(batch))
-        return results
-
-    def _search_window(self, window: list[str], sizes: list[int] | None) -> list[list[Hypothesis]]:
-        if sizes is not None and len(sizes) < len(window):
-            done = self.report.num_lines + len(sizes)
-            raise DataError(f"target lengths end after line {done}, the input goes on. Give one length per line.")
-        encoded = self.loaded.source_vocabulary.encode_batch(window)
-        return self._search([[*ids, EOS] for ids in encoded], sizes)
+            if advance is not None:  # of a source in parts the first stands for all
+                advance(sum(not i or lines[i] != lines[i - 1] for i in chosen))
+        grouped: list[list[list[Hypothesis]]] = [[] for _ in sources]
+        for line, ranked in zip(lines, results, strict=True):
+            grouped[line].append(ranked)
+        return grouped
 
     def _search_batch(self, rows: list[list[int]], sizes: list[int] | None) -> list[list[Hypothesis]]:
         model, settings = self.loaded.model, self.settings
@@ -222,17 +236,19 @@ class Translator:
             forbidden=never_emitted(self.loaded.target_vocabulary),
         )
 
-    def _cut(self, row: list[int], number: int) -> list[int]:
-        limit = self.max_positions
-        if self.settings.too_long == "refuse":
-            raise DataError(
-                f"line {number}: {len(row)} tokens, end symbol included, and at most {limit} fit. "
-                "Split the sentence, or let long ones be truncated (too_long = truncate)."
-            )
-        self.report.num_truncated += 1
-        if self.report.first_truncated is None:
-            self.report.first_truncated = number
-        return [*row[: limit - 1], EOS]
+
+def windows(lines: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Consecutive lists of `size` lines, or of fewer where these hold very many characters."""
+    window: list[str] = []
+    held = 0
+    for line in lines:
+        window.append(line)
+        held += len(line)
+        if len(window) == size or held >= WINDOW_CHARACTERS:
+            yield window
+            window, held = [], 0
+    if window:
+        yield window
 
 
 def never_emitted(vocabulary: Vocabulary) -> tuple[int, ...]:
@@ -260,3 +276,12 @@ def pad_rows(rows: Sequence[Sequence[int]]) -> Tensor:
     for i, row in enumerate(rows):
         padded[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
     return padded
+
+
+def _joined(parts: Sequence[Hypothesis]) -> Hypothesis:
+    """Translations of a source's consecutive parts as one."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens = [token for part in parts for token in part.tokens if token != EOS]
+    score = sum(part.score * len(part.tokens) for part in parts) / sum(len(part.tokens) for part in parts)
+    return Hypothesis([*tokens, EOS], score, sum(part.log_probability for part in parts))

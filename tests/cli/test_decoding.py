@@ -121,7 +121,7 @@ def test_oracle_lengths_come_from_references(student: Path, tmp_path: Path) -> N
     words = [len(line.replace("<unk>", "unk").split()) for line in result.stdout.split("\n")[:-1]]
     assert words == [1, 0, 5, 2]
     assert "end after line 4" in call(*args, stdin="mon\n" * 5).stderr
-    assert "has more lines than standard input" in call(*args, stdin="mon\n" * 3).stderr
+    assert "has more lines than the input" in call(*args, stdin="mon\n" * 3).stderr
 
 
 def test_invalid_utf8_names_the_line(teacher: Path) -> None:
@@ -135,7 +135,7 @@ def test_long_lines_are_told_or_refused(student: Path) -> None:
     long = " ".join(["mon"] * 30) + "\n"
     told = call("translate", "--model", student, stdin="mon\n" + long)
     assert told.exit_code == 0
-    assert "1 of 2 sources, the first in line 2, were longer than 24 tokens and were truncated" in told.stderr
+    assert "engine-fast: of 2 lines: 1 longer than 24 tokens, the first in line 2, truncated" in told.stderr
     refused = call("translate", "--model", student, "--too-long", "refuse", stdin="mon\n" + long)
     assert refused.exit_code == 2
     assert "line 2: 31 tokens" in refused.stderr

@@ -14,9 +14,9 @@ import tempfile
 from typing import Any, NoReturn
 
 from engine_fast.cli.main import main
-from engine_fast.decoding import distill
+from engine_fast.decoding.chunks import Chunks
 
-write_chunk = distill._write_chunk
+write_chunk = Chunks.write
 
 
 def refuse(*_: Any) -> NoReturn:
@@ -30,6 +30,6 @@ def write_one(*args: Any) -> None:
 
 if __name__ == "__main__":
     if os.environ["RANK"] == sys.argv.pop(1):
-        distill._write_chunk = write_one
+        Chunks.write = write_one
     tempfile.gettempdir = socket.gethostname = refuse
     main()

@@ -69,7 +69,7 @@ def test_long_lines_are_truncated_counted_and_told_once(make) -> None:
     loaded = load_tiny(make())
     long = " ".join(["mon", "tue"] * 20)
     translator = Translator(loaded, DecodeSettings(window=2))
-    with pytest.warns(UserWarning, match=r"2 of 4 sources, the first in line 2, were longer than 24 tokens") as told:
+    with pytest.warns(UserWarning, match=r"of 4 lines: 2 longer than 24 tokens, the first in line 2, trunc") as told:
         out = translator.translate(["wed", long, "thu", long + " sun"])
     assert len(told) == 1
     assert translator.report.num_truncated == 2
