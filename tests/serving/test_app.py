@@ -92,13 +92,18 @@ def test_text_is_lines_and_settings_reach_the_model(start: Start, systems: dict[
 
 def test_details_tell_tokens_scores_and_what_was_not_understood(start: Start) -> None:
     long = " ".join(["mon"] * 40)
-    content = start().post("/translate", json={"sentences": ["mon bla tue", long], "details": True}).json()
+    client = start()
+    content = client.post("/translate", json={"sentences": ["mon bla tue", long], "details": True}).json()
     first, second = content["details"]
     assert first["tokens"][-1] == "</s>"
     assert first["score"] == pytest.approx(first["log_probability"] / (len(first["tokens"]) - 1))
     assert (first["num_source_tokens"], first["num_unknown"], first["truncated"]) == (4, 1, False)
     assert (second["num_source_tokens"], second["truncated"]) == (24, True)
     assert content["warnings"] == ["1 of 2 sentences, the first number 2, were too long and were cut"]
+    content = client.post("/translate", json={"sentences": ["mon bla", "bla bla"]}).json()
+    assert content["warnings"] == [
+        "75% of the pieces are unknown to the vocabulary; is this the language of the model?"
+    ]
 
 
 def test_what_has_no_effect_is_told(start: Start) -> None:

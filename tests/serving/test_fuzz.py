@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
 from engine_fast.inference.serving import Limits, create_app
-from engine_fast.inference.serving.text import tidy
 from tests.serving.test_app import plain
 
 LIMITS = Limits(max_sentences=20, max_characters=200, max_body=20_000, gather_seconds=0)
@@ -104,17 +103,10 @@ def test_any_bytes_are_refused(client: TestClient, path: str, content: bytes, ki
     assert answer.json()["detail"]
 
 
+@pytest.mark.filterwarnings("ignore:of \\d+ lines:UserWarning")
 @QUICK
 @given(st.lists(TEXTS, min_size=1, max_size=12))
 def test_order_is_kept_whatever_the_sentences(client: TestClient, systems: dict[str, Any], lines: list[str]) -> None:
     content = json.dumps({"sentences": lines}).encode()
     answer = client.post("/translate", content=content, headers={"content-type": "application/json"})
-    assert answer.json()["translations"] == plain(systems["engine"], [tidy(line) for line in lines])
-
-
-@given(st.text(st.characters()))
-def test_tidy_text_is_one_line_of_utf8_and_stays_as_it_is(text: str) -> None:
-    once = tidy(text)
-    once.encode("utf-8")
-    assert not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in once)
-    assert tidy(once) == once
+    assert answer.json()["translations"] == plain(systems["engine"], lines)

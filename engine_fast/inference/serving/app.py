@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from engine_fast import __version__
+from engine_fast.decoding.sources import UNKNOWN_SHARE
 from engine_fast.inference.serving.explain import Explanation
 from engine_fast.inference.serving.gate import Gate
 from engine_fast.inference.serving.limits import Limits
@@ -74,7 +75,7 @@ def create_app(systems: Mapping[str, System], limits: Limits | None = None) -> F
             model=system.name,
             translations=[each.text for each in found],
             seconds=time.perf_counter() - start,
-            warnings=[*(f"{name}: without effect" for name in system.without_effect(wish)), *_cut(found)],
+            warnings=[*(f"{name}: without effect" for name in system.without_effect(wish)), *_remarks(found)],
             details=[_detail(system, each) for each in found] if body.details else None,
         )
 
@@ -121,11 +122,17 @@ async def _tell_bug(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": f"a bug in the service ({type(error).__name__})"}, 500)
 
 
-def _cut(found: list[Translation]) -> list[str]:
-    cut = [place for place, each in enumerate(found) if each.source.truncated]
-    if not cut:
-        return []
-    return [f"{len(cut)} of {len(found)} sentences, the first number {cut[0] + 1}, were too long and were cut"]
+def _remarks(found: list[Translation]) -> list[str]:
+    """What was unusual about the sentences."""
+    remarks = []
+    cut = [place for place, each in enumerate(found, 1) if each.source.truncated]
+    if cut:
+        remarks.append(f"{len(cut)} of {len(found)} sentences, the first number {cut[0]}, were too long and were cut")
+    pieces = sum(len(each.source) - 1 for each in found)
+    share = sum(each.source.num_unknown for each in found) / max(1, pieces)
+    if share > UNKNOWN_SHARE:
+        remarks.append(f"{share:.0%} of the pieces are unknown to the vocabulary; is this the language of the model?")
+    return remarks
 
 
 def _detail(system: System, translation: Translation) -> Detail:

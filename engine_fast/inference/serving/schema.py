@@ -93,7 +93,7 @@ class TranslateResponse(BaseModel):
     seconds: float
     """From the request's arrival to its translations, waiting included."""
     warnings: list[str]
-    """What was asked for without effect, and sentences that were cut."""
+    """What was asked for without effect, sentences that were cut, pieces that the vocabulary lacks."""
     details: list[Detail] | None = None
 
 

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 
 from engine_fast.data.symbols import EOS, UNK
-from engine_fast.decoding import Hypothesis, Rescore, Translator
+from engine_fast.decoding import Hypothesis, Rescore, TranslateReport, Translator
+from engine_fast.decoding.sources import encode_lines, one_line
 from engine_fast.energies import discrete_energy
 from engine_fast.errors import CheckpointError, VocabularyError
 from engine_fast.inference.load import load
-from engine_fast.inference.serving.text import tidy
 from engine_fast.models import LoadedModel, Student, Teacher
 
 _PLANNED = 1 << 40
@@ -108,9 +108,9 @@ class System:
         return Wish(**(defaults | chosen), rerank=wish.rerank and "rerank" not in ignored, explain=wish.explain)
 
     def prepare(self, texts: Sequence[str]) -> list[Source]:
-        encoded = self.loaded.source_vocabulary.encode_batch([tidy(text) for text in texts])
-        limit = self.max_positions - 1
-        return [Source([*ids[:limit], EOS], ids.count(UNK), len(ids) > limit) for ids in encoded]
+        limit = self.max_positions
+        rows = encode_lines(texts, self.loaded.source_vocabulary, limit, TranslateReport())
+        return [Source([*row[:-1][: limit - 1], EOS], row.count(UNK), len(row) > limit) for row in rows]
 
     def width(self, settings: Wish) -> int:
         return self.translator_for(settings).width
@@ -127,7 +127,7 @@ class System:
         translator = self.translator_for(settings)
         decode = self.loaded.target_vocabulary.decode
         return [
-            Translation(decode(h.tokens).replace("\n", " "), source, h)
+            Translation(one_line(decode(h.tokens)).strip(), source, h)
             for source, h in zip(prepared, translator.translate_ids([s.row for s in prepared]), strict=True)
         ]
 
