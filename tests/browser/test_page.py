@@ -25,23 +25,8 @@ pytestmark = [
 ]
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 375, "height": 720}
 READ = [
-    ".tokens li",
-    ".name",
-    ".how",
-    ".soft",
-    "#message",
-    "legend",
-    ".choices label",
-    "button",
-    ".value",
-    ".value small",
-    "h2",
-    "h3",
-    "#key span",
-    "#state",
-    ".lead",
-    ".candidates p",
-    ".pass > span",
+    *(".tokens li", ".name", ".how", ".soft", "#message", "legend", ".choices label", "button", ".value", "h2", "h3"),
+    *(".value small", "#key span", "#state", ".lead", ".candidates p", ".pass > span"),
 ]
 SENTENCE = "mon tue wed thu fri"
 ATTACK = "<img src=x onerror=document.title='owned'> <script>document.title='owned'</script> mon"
