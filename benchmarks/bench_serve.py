@@ -52,7 +52,7 @@ class Client:
 
     async def translate(self, sentences: Sequence[str]) -> float:
         """Seconds from the request to its translations. Raises RuntimeError for any other answer."""
-        if self._streams is None:
+        if self._streams is None or self._streams[0].at_eof():
             self._streams = await asyncio.open_connection("127.0.0.1", self._port)
         reader, writer = self._streams
         body = json.dumps({"sentences": list(sentences)}).encode()

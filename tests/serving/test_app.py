@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,51 +13,15 @@ import torch
 from fastapi.testclient import TestClient
 
 from engine_fast.decoding import Translator
-from engine_fast.energies import discrete_energy
-from engine_fast.errors import CheckpointError, ConfigError, VocabularyError
-from engine_fast.inference.serving import Limits, load_systems
-from engine_fast.inference.serving.systems import System, Wish
+from engine_fast.errors import CheckpointError, VocabularyError
+from engine_fast.inference.serving import load_systems
+from engine_fast.inference.serving.systems import System
 from engine_fast.models import save_model
-from tests.decoding.tiny import WORDS, DictionaryVocabulary, make_student, make_teacher, pad, save_tiny
+from tests.decoding.tiny import WORDS, DictionaryVocabulary, make_student, make_teacher, save_tiny
+from tests.serving.tiny import SCOPE, Held, plain
 
 Start = Callable[..., TestClient]
 LINES = ["mon tue wed", "", "sun sat", "fri", "thu thu mon sun tue"]
-
-
-def plain(system: System, lines: list[str], **settings: Any) -> list[str]:
-    """What the system's own translator makes of the lines."""
-    wish = system.settled(Wish(**settings))
-    return list(system.translator_for(wish).stream(lines))
-
-
-class Held:
-    """A system whose batches wait for a gate; counts them."""
-
-    def __init__(self, system: System) -> None:
-        self._system = system
-        self.gate, self.begun = threading.Event(), threading.Event()
-        self.batches: list[int] = []
-        self.gate.set()
-        self.error: Exception | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._system, name)
-
-    def run(self, settings: Wish, prepared: list[Any]) -> list[Any]:
-        self.batches.append(len(prepared))
-        self.begun.set()
-        assert self.gate.wait(30)
-        if self.error is not None:
-            raise self.error
-        return self._system.run(settings, prepared)
-
-    @contextmanager
-    def holding(self) -> Iterator[None]:
-        self.begun.clear()
-        self.gate.clear()
-        self.batches.clear()
-        yield
-        self.gate.set()
 
 
 @pytest.fixture
@@ -175,11 +136,6 @@ def test_a_request_that_takes_too_long_is_given_up_and_dropped(start: Start, hel
 def test_what_a_client_that_left_was_waiting_for_is_dropped(start: Start, held: Held) -> None:
     client = start(systems={"engine": held})
     body = json.dumps({"text": "tue\nwed"}).encode()
-    scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-        "path": "/translate", "raw_path": b"/translate", "query_string": b"", "root_path": "",
-        "headers": [(b"content-type", b"application/json")], "client": ("test", 1), "server": ("test", 80),
-    }  # fmt: skip
     sent: list[Any] = []
 
     async def leave() -> None:
@@ -191,7 +147,7 @@ def test_what_a_client_that_left_was_waiting_for_is_dropped(start: Start, held: 
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await client.app(scope, receive, send)
+        await client.app(SCOPE, receive, send)
 
     with ThreadPoolExecutor(1) as pool, held.holding():
         running = pool.submit(client.post, "/translate", json={"text": "mon"})
@@ -213,103 +169,6 @@ def test_a_failure_is_told_without_its_inside_and_the_service_lives(start: Start
     assert answer.json() == {"detail": "a sentence could not be translated (MemoryError)"}
     held.error = None
     assert client.post("/translate", json={"text": "mon"}).status_code == 200
-
-
-def test_limits_are_kept(start: Start) -> None:
-    client = start(max_sentences=3, max_characters=10, max_body=500)
-
-    def refusal(**asked: Any) -> tuple[int, str]:
-        answer = client.post("/translate", json=asked)
-        return answer.status_code, answer.json()["detail"][0]["msg"]
-
-    assert refusal(sentences=["mon"] * 4) == (422, "4 sentences, expected at most 3")
-    assert refusal(text="\n" * 3) == (422, "4 sentences, expected at most 3")
-    assert refusal(sentences=["mon", "x" * 11])[1].startswith("sentence 2 has 11 characters, expected at most 10")
-    for name in ("iterations", "length_beam", "beam"):
-        assert refusal(text="mon", **{name: 21}) == (422, "Input should be less than or equal to 20")
-    assert client.post("/explain", json={"text": "x" * 11}).status_code == 422
-    assert client.post("/explain", json={"text": "mon", "iterations": 21}).status_code == 422
-    too_large = client.post("/translate", json={"text": "x" * 600})
-    assert (too_large.status_code, too_large.headers["connection"]) == (413, "close")
-    chunks = client.post(
-        "/translate", content=(b"x" * 100 for _ in range(9)), headers={"content-type": "application/json"}
-    )
-    assert (chunks.status_code, chunks.json()["detail"]) == (413, too_large.json()["detail"])
-    assert client.post("/translate", json={"text": "mon"}).status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("content", "status"),
-    [
-        (b"", 422),
-        (b"{", 422),
-        (b"nothing", 422),
-        (b"[]", 422),
-        (b"{}", 422),
-        (b'{"text": "mon", "sentences": ["mon"]}', 422),
-        (b'{"text": 1}', 422),
-        (b'{"text": null}', 422),
-        (b'{"sentences": "mon"}', 422),
-        (b'{"sentences": [null]}', 422),
-        (b'{"text": "mon", "model": "other"}', 422),
-        (b'{"text": "mon", "iterations": 0}', 422),
-        (b'{"text": "mon", "iterations": "2"}', 422),
-        (b'{"text": "mon", "beam": NaN}', 422),
-        (b'{"text": "mon", "beam": 1e400}', 422),
-        (b'{"text": "mon", "rerank": 1}', 422),
-        (b'{"text": "mon", "bean": 1}', 422),
-        (b'{"text": "mon", "\\ud800": 1}', 422),
-        (b'{"text": "\xff\xfe"}', 400),
-        (b'{"text": ' + b"[" * 100_000, 400),
-        (b'{"text": "mon", "beam": ' + b"9" * 10_000 + b"}", 400),
-        (b'{"text": "mon"}', 200),
-    ],
-)
-def test_malformed_bodies_are_refused(start: Start, content: bytes, status: int) -> None:
-    answer = start().post("/translate", content=content, headers={"content-type": "application/json"})
-    assert answer.status_code == status
-    assert answer.json()["detail" if status != 200 else "translations"]
-
-
-def test_what_is_not_there_is_told(start: Start, systems: dict[str, System]) -> None:
-    client = start(systems={"engine": systems["engine"]})
-    answer = client.post("/translate", json={"text": "mon", "model": "cmlm"})
-    assert (answer.status_code, answer.json()["detail"]) == (404, "model 'cmlm' is not served here; engine are")
-    assert client.get("/translate").status_code == 405
-    assert client.post("/health").status_code == 405
-    assert client.get("/docs").status_code == 404
-    assert client.get("/no/../such%7F").status_code == 404
-    assert 'path="other",status="404"' in client.get("/metrics").text
-
-
-@pytest.mark.parametrize(
-    "odd",
-    [
-        "\x00",
-        "mon\x00tue",
-        "\x1b[31mmon\x07",
-        "mon\u2028tue",
-        "mon\x85tue",
-        "\ud800",
-        "mon \udfff tue",
-        "\U0010ffff",
-        "\u202emon",
-        "a\u0301" * 50,
-    ],
-)
-def test_odd_text_is_translated_as_one_line(start: Start, odd: str) -> None:
-    body = json.dumps({"sentences": ["mon", odd, "tue"]}).encode()  # with its half surrogates spelled as JSON can
-    answer = start().post("/translate", content=body, headers={"content-type": "application/json"})
-    assert answer.status_code == 200
-    first, second, third = answer.json()["translations"]
-    assert "\n" not in second
-    assert [first, third] == start().post("/translate", json={"text": "mon\ntue"}).json()["translations"]
-
-
-def test_control_characters_are_spaces(start: Start) -> None:
-    client = start()
-    odd, even = (client.post("/translate", json={"text": text}).json() for text in ("mon\x00tue\x1fwed", "mon tue wed"))
-    assert odd["translations"] == even["translations"]
 
 
 def test_health_says_what_is_served(start: Start) -> None:
@@ -345,63 +204,6 @@ def test_two_services_in_one_process_count_by_themselves(start: Start) -> None:
     assert 'engine_fast_queue_sentences{model="cmlm"} 0.0' in other.get("/metrics").text
 
 
-def test_a_student_is_explained(start: Start, systems: dict[str, System]) -> None:
-    asked = {"text": "mon bla wed", "iterations": 3, "length_beam": 4}
-    content = start().post("/explain", json=asked).json()
-    assert content["translation"] == plain(systems["engine"], ["mon bla wed"], iterations=3, length_beam=4)[0]
-    assert [token["text"] for token in content["source"]] == ["mon", "<unk>", "wed"]
-    assert (content["num_unknown"], content["truncated"]) == (1, False)
-    (chosen,) = [each for each in content["candidates"] if each["chosen"]]
-    assert chosen["score"] == max(each["score"] for each in content["candidates"])
-    assert len({each["tokens"] for each in content["candidates"]}) == 4
-    assert 0 < sum(each["probability"] for each in content["candidates"]) <= 1
-    probabilities = [each["probability"] for each in content["candidates"]]
-    assert probabilities == sorted(probabilities, reverse=True)
-    assert len(content["passes"]) == 3
-    assert all(token["predicted"] for token in content["passes"][0])
-    assert 1 <= sum(token["predicted"] for token in content["passes"][1]) < chosen["tokens"] or chosen["tokens"] == 1
-    last = content["passes"][-1]
-    assert " ".join(token["text"] for token in last) == content["translation"] == chosen["translation"]
-    logs = [math.log(token["probability"]) for token in last]
-    assert sum(logs) / len(logs) == pytest.approx(chosen["score"])
-    for before, token in zip([None, *last], last, strict=False):
-        assert token["repeated"] == (before is not None and before["text"] == token["text"])
-    vocabulary, teacher = systems["engine"].loaded.target_vocabulary, systems["engine"].teacher
-    source, target = (pad([[*vocabulary.encode(text), 2]]) for text in ("mon bla wed", content["translation"]))
-    if "<unk>" not in content["translation"]:
-        energy = discrete_energy(teacher, source, target).item()
-        assert content["energy"] == pytest.approx(energy)
-        assert chosen["energy"] == pytest.approx(energy)
-    assert 0 < sum(token["energy"] for token in last) < content["energy"]
-
-
-def test_reranking_chooses_by_energy_in_the_explanation_too(start: Start, systems: dict[str, System]) -> None:
-    client = start()
-    for line in LINES[2:]:
-        content = client.post("/explain", json={"text": line, "length_beam": 5, "rerank": True}).json()
-        (chosen,) = [each for each in content["candidates"] if each["chosen"]]
-        assert chosen["energy"] / (chosen["tokens"] + 1) == pytest.approx(
-            min(each["energy"] / (each["tokens"] + 1) for each in content["candidates"])
-        )
-        assert content["translation"] == plain(systems["engine"], [line], length_beam=5, rerank=True)[0]
-        assert content["energy"] == pytest.approx(chosen["energy"])
-
-
-def test_a_teacher_is_explained(start: Start, systems: dict[str, System]) -> None:
-    content = start().post("/explain", json={"text": "mon tue", "model": "teacher", "beam": 3}).json()
-    assert content["translation"] == plain(systems["teacher"], ["mon tue"], beam=3)[0]
-    assert content["candidates"] == []
-    (tokens,) = content["passes"]
-    for token in tokens:
-        assert token["energy"] == pytest.approx(-math.log(token["probability"]))
-    assert content["energy"] > sum(token["energy"] for token in tokens)
-
-
-def test_nothing_is_explained_too(start: Start) -> None:
-    content = start().post("/explain", json={"text": " \t "}).json()
-    assert (content["translation"], content["passes"], content["candidates"]) == ("", [[]], [])
-
-
 def test_the_page_allows_itself_and_nothing_else(start: Start) -> None:
     client = start()
     answer = client.get("/")
@@ -435,10 +237,3 @@ def test_systems_are_loaded_by_name_and_must_fit_together(tmp_path: Any) -> None
     save_model(tmp_path / "other", make_teacher().float(), other, other)
     with pytest.raises(VocabularyError, match="the teacher's source vocabulary"):
         load_systems(student, teacher=tmp_path / "other")
-
-
-def test_limits_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(ConfigError, match="max_queue = 5"):
-        Limits(max_queue=5)
-    with pytest.raises(ConfigError, match="timeout_seconds = 0"):
-        Limits(timeout_seconds=0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
 from engine_fast.inference.serving import Limits, create_app
-from tests.serving.test_app import plain
+from tests.serving.tiny import plain
 
 LIMITS = Limits(max_sentences=20, max_characters=200, max_body=20_000, gather_seconds=0)
 QUICK = settings(

@@ -14,6 +14,9 @@ from engine_fast.errors import ConfigError
 from engine_fast.inference.serving.limits import Limits
 
 _BACKLOG = 2048
+_KEEP_ALIVE = 75
+"""Seconds that an idle connection is kept: longer than the minute for which proxies and clients hold theirs, because
+whoever writes to a connection just as it is closed loses the request."""
 
 
 class _Server(uvicorn.Server):
@@ -40,6 +43,7 @@ def run(app: FastAPI, limits: Limits, *, host: str, port: int, say: Callable[[st
         server_header=False,
         backlog=_BACKLOG,
         limit_concurrency=limits.max_connections,
+        timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=int(limits.drain_seconds) + 1,
         ws="none",
     )
