@@ -44,6 +44,10 @@ def serving(*arguments: str | Path, before: str = "") -> Iterator[tuple[subproce
             process.kill()
 
 
+def metrics(url: str) -> str:
+    return urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
+
+
 def ask(url: str, **body: Any) -> Any:
     request = urllib.request.Request(
         f"{url}/translate", json.dumps(body).encode(), {"content-type": "application/json"}
@@ -67,9 +71,16 @@ def test_it_answers_what_it_accepted_and_ends_without_a_complaint(student: Path,
         asking = [threading.Thread(target=lambda: answers.append(ask(url, sentences=SENTENCES))) for _ in range(2)]
         for thread in asking:
             thread.start()
-        metrics = ""
-        while 'engine_fast_queue_sentences{model="engine"} 5.0' not in metrics:  # one runs, five wait
-            metrics = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
+        while 'engine_fast_queue_sentences{model="engine"} 5.0' not in metrics(url):  # one runs, five wait
+            pass
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as impatient:
+            body = json.dumps({"sentences": SENTENCES}).encode()
+            head = (
+                f"POST /translate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+            )
+            impatient.sendall(head.encode() + b"\r\n\r\n" + body)
+        while 'engine_fast_dropped_requests_total{reason="disconnected"} 1.0' not in metrics(url):
+            pass
         process.send_signal(number)
         for thread in asking:
             thread.join(60)
