@@ -5,11 +5,11 @@ each. Without --model the server has a student of the size of configs/multi30k_d
 and the sentences are random words. Three measurements, each of one-sentence requests unless it says otherwise:
 
 - batch: one request of 32 sentences, alone; its median is the yardstick.
+- saturated: no client waits. 200 sentences are then always under way, which is 200 / 32 = 6.25 batches of 32.
 - paced: every client waits a random while between requests, so that together they send --load of what batches of 32
   could take.
-- saturated: no client waits. 200 sentences are then always under way, which is 200 / 32 = 6.25 batches of 32.
 
-Memory is the server's resident set after 2,000 and after 10,000 requests.
+Memory is the server's resident set after 2,000 and after 10,000 requests of the saturated kind.
 """
 
 from __future__ import annotations
@@ -155,20 +155,20 @@ async def measure(server: Server, sentences: Sequence[str], options: argparse.Na
     single = statistics.median([await alone.translate([sentence]) for sentence in sentences[:BATCH]])
     alone.close()
 
-    mean_pause = options.clients * batch / BATCH / options.load
-    generator = random.Random(1)
     clients, port = options.clients, server.port
+    first = await crowd(port, clients, options.first, sentences)
+    early = server.resident_mib()
+    rest = await crowd(port, clients, options.requests - options.first, sentences)
+    late = server.resident_mib()
+    saturated = (first[0] + rest[0], first[1] + rest[1], first[2] + rest[2])
+    mean_pause = clients * batch / BATCH / options.load
+    generator = random.Random(1)
     paced = await crowd(
         port, clients, options.paced, sentences, lambda: asyncio.sleep(generator.expovariate(1 / mean_pause))
     )
-    # Memory is compared at equal distances from the start, whatever was sent before.
-    first = await crowd(port, clients, max(0, options.first - options.paced), sentences)
-    early = server.resident_mib()
-    saturated = await crowd(port, clients, options.requests - options.first, sentences)
-    late = server.resident_mib()
     rows = {"paced": summary(*paced), "saturated": summary(*saturated)}
     figures = {
-        "errors": paced[1] + first[1] + saturated[1],
+        "errors": paced[1] + saturated[1],
         "paced_p95_over_batch": rows["paced"]["p95"] / batch,
         "saturated_p95_over_batch": rows["saturated"]["p95"] / batch,
         "saturated_speed_over_batch": rows["saturated"]["per_second"] * batch / BATCH,
@@ -215,7 +215,7 @@ def main() -> int:
     parser.add_argument("--load", type=float, default=0.7, help="paced clients, as a share of what batches of 32 take")
     parser.add_argument("--paced", type=int, default=2000, help="requests of the paced clients")
     parser.add_argument("--first", type=int, default=2000, help="requests after which memory is first read")
-    parser.add_argument("--requests", type=int, default=10000, help="in all, the paced ones included")
+    parser.add_argument("--requests", type=int, default=10000, help="of clients that do not pause")
     parser.add_argument("--rounds", type=int, default=30, help="batches of 32 alone")
     parser.add_argument("--smoke", action="store_true", help="a tiny student and 400 requests; judge and write nothing")
     options = parser.parse_args()

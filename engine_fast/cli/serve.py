@@ -9,6 +9,8 @@ import typer
 
 from engine_fast.cli.translate import Device, Precision, plain_warnings
 
+GPU_BATCH_TOKENS = 16384
+
 
 def serve(
     model: Annotated[Path, typer.Option(help="Model directory that answers by default: a student, or a teacher.")],
@@ -21,15 +23,18 @@ def serve(
     precision: Annotated[Precision, typer.Option(help="Of the models.")] = "fp32",
     device: Annotated[Device, typer.Option(help="auto = cuda where there is one.")] = "auto",
     batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Source tokens, times length candidates or beam, per batch.")
-    ] = 4096,
+        int | None,
+        typer.Option(min=1, help="Source tokens, times candidates or beam, per batch. [1536; 16384 on a GPU]"),
+    ] = None,
     max_queue: Annotated[int, typer.Option(min=256, help="Sentences that may wait for one model.")] = 4096,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is given up.")] = 30.0,
 ) -> None:
     """Serve translations over HTTP (POST /translate, GET /health, GET /metrics), and a page that explains them."""
     from engine_fast.inference.serving import Limits, create_app, load_systems, run
 
-    limits = Limits(batch_tokens=batch_tokens, max_queue=max_queue, timeout_seconds=timeout)
     with plain_warnings():
         systems = load_systems(model, teacher=teacher, cmlm=cmlm, device=device, precision=precision)
+        on_gpu = any(system.on_gpu for system in systems.values())
+        tokens = batch_tokens or (GPU_BATCH_TOKENS if on_gpu else Limits().batch_tokens)
+        limits = Limits(batch_tokens=tokens, max_queue=max_queue, timeout_seconds=timeout)
         run(create_app(systems, limits), limits, host=host, port=port, say=typer.echo)

@@ -92,6 +92,19 @@ def test_a_batch_keeps_to_its_tokens_and_the_oldest_is_in_it(job: Echo) -> None:
     assert sizes == [[2] * 6, [2] * 3, [3, 3], [3], [20]]
 
 
+def test_nobody_is_overtaken_by_many(job: Echo) -> None:
+    """However well the lengths of later ones fit together."""
+    worker = busy(job, batch_tokens=40)
+    texts = [f"{i:03}" + "x" * (i * 7 % 10) for i in range(200)]
+    tickets = [worker.submit([text], "s") for text in texts]
+    job.gate.set()
+    wait_for([ticket.future for ticket in tickets], 60)
+    order = [int(text[:3]) for _, batch in job.batches[1:] for text in batch]
+    assert sorted(order) == list(range(200))
+    assert max(place - number for place, number in enumerate(order)) <= 3 * 40 // 3  # batches of the shortest
+    assert max(number - place for place, number in enumerate(order)) <= 2 * 40 // 3
+
+
 def test_a_full_queue_refuses_and_an_abandoned_request_is_dropped(job: Echo) -> None:
     worker = busy(job, max_queue=3)
     kept = worker.submit(["a"], "s")

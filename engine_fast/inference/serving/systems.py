@@ -73,6 +73,10 @@ class System:
         return isinstance(self.loaded.model, Student)
 
     @property
+    def on_gpu(self) -> bool:
+        return next(self.loaded.model.parameters()).is_cuda
+
+    @property
     def refines(self) -> bool:
         """Whether further passes change anything."""
         return isinstance(self.loaded.model, Student) and self.loaded.model.refines
