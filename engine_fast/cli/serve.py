@@ -24,7 +24,7 @@ def serve(
     device: Annotated[Device, typer.Option(help="auto = cuda where there is one.")] = "auto",
     batch_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Source tokens, times candidates or beam, per batch. [1536; 16384 on a GPU]"),
+        typer.Option(min=1, help="Source tokens, times candidates or beam, per batch. [1024; 16384 on a GPU]"),
     ] = None,
     max_queue: Annotated[int, typer.Option(min=256, help="Sentences that may wait for one model.")] = 4096,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is given up.")] = 30.0,

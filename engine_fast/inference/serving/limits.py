@@ -19,7 +19,7 @@ class Limits:
     """Characters of one sentence (422). Of what then is longer than the model's positions only the start is used."""
     max_queue: int = 4096
     """Sentences that wait for one model; a request that does not fit gets 429 and when to try again."""
-    batch_tokens: int = 1536
+    batch_tokens: int = 1024
     """Source tokens of one batch, padding included, times its length candidates or its beam. On a CPU a larger batch is
     hardly faster per sentence, and all of its sentences wait for the last one."""
     gather_seconds: float = 0.002
