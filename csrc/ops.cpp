@@ -64,8 +64,9 @@ PYBIND11_MODULE(_C, m) {
         "Offsets into `order` that cut it into batches within a token budget; see csrc/host/batching.h.");
 }
 
-// N rows, V words. Every operator takes the options of csrc/aten/options.h, then its own flags. Functional, but for
-// energy_backward_. Only the first result of a forward operator has a gradient.
+// N rows, V words. Every operator but linear_argmax takes the options of csrc/aten/options.h, then its own flags.
+// Functional, but for energy_backward_. Only the first result of a forward operator has a gradient; linear_argmax, which
+// only decoding calls, has none.
 #define EF_OPTIONS "Tensor? noise, Tensor? seed, Tensor? ignore, bool hard, bool identity, float temperature"
 #define EF_WEIGHTED "Tensor? noise, Tensor? seed, Tensor? weight, Tensor? ignore, bool hard, bool identity, float temperature"
 #define EF_HEADS \
@@ -94,6 +95,7 @@ TORCH_LIBRARY(engine_fast, m) {
   m.def("linear_soft_embedding_backward(Tensor? grad, Tensor? grad_z, Tensor h, Tensor w_student, Tensor? b_student,"
         " Tensor table, Tensor? z, " EF_OPTIONS ", bool[] needs)"
         " -> (Tensor dh, Tensor dw_student, Tensor db_student, Tensor dtable)");
+  m.def("linear_argmax(Tensor h, Tensor w, Tensor? b, int[] forbidden) -> (Tensor value, Tensor word)");
 }
 
 #define EF_IMPLEMENTATIONS(m)                                                               \
@@ -107,7 +109,8 @@ TORCH_LIBRARY(engine_fast, m) {
   m.impl("linear_energy_sum", &engine_fast::linear_energy_sum);                             \
   m.impl("teacher_energy", &engine_fast::teacher_energy);                                   \
   m.impl("linear_soft_embedding", &engine_fast::linear_soft_embedding);                     \
-  m.impl("linear_soft_embedding_backward", &engine_fast::linear_soft_embedding_backward)
+  m.impl("linear_soft_embedding_backward", &engine_fast::linear_soft_embedding_backward);   \
+  m.impl("linear_argmax", &engine_fast::linear_argmax)
 
 TORCH_LIBRARY_IMPL(engine_fast, CPU, m) { EF_IMPLEMENTATIONS(m); }
 #ifdef ENGINE_FAST_WITH_CUDA

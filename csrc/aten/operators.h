@@ -59,6 +59,9 @@ std::tuple<Tensor, Tensor> linear_soft_embedding(const Tensor& h, const Tensor& 
                                                  const Maybe& noise, const Maybe& seed, const Maybe& ignore, bool hard,
                                                  bool identity, double temperature, bool keep_logits);
 
+// log-probability and id of each row's best word that is not forbidden.
+std::tuple<Tensor, Tensor> linear_argmax(const Tensor& h, const Tensor& w, const Maybe& b, at::IntArrayRef forbidden);
+
 // needs: h, w, b, table. grad of x, grad_z of the logits; at least one of them.
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_soft_embedding_backward(
     const Maybe& grad, const Maybe& grad_z, const Tensor& h, const Tensor& w, const Maybe& b, const Tensor& table,

@@ -28,8 +28,8 @@ def score(
 ) -> None:
     """Energy of each translation under a teacher, -log p(target | source) in nats, one per line."""
     from engine_fast.data.text import iter_pairs
-    from engine_fast.inference.load import pick_device, pick_dtype
-    from engine_fast.models import load_model
+    from engine_fast.inference.load import pick_device
+    from engine_fast.models import load_model, set_precision
 
     for path in (source, target):
         if path.is_fifo():
@@ -38,7 +38,8 @@ def score(
             )
     for _ in iter_pairs(source, target):  # unaligned files are refused before anything is written
         pass
-    teacher = load_model(model, device=pick_device(device), dtype=pick_dtype(precision), kind="teacher")
+    teacher = load_model(model, device=pick_device(device), kind="teacher")
+    set_precision(teacher.model, precision)
     write_lines(f"{energy:.6f}" for energy in _energies(teacher, iter_pairs(source, target), max_tokens))
 
 

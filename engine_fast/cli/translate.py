@@ -43,9 +43,13 @@ def translate(
     oracle_lengths: Annotated[
         Path | None, typer.Option(help="Student: reference translations whose lengths are used, one a line.")
     ] = None,
+    remove_repeats: Annotated[
+        bool, typer.Option("--remove-repeats", help="Leave out tokens equal to the one before.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Source tokens, times the beam, per batch.")] = 8192,
     window: Annotated[
-        int | None, typer.Option(min=1, help="Lines read before the first is written. [4096; 1 on a terminal]")
+        int | None,
+        typer.Option(min=1, help="Lines read before the first is written, sorted together. [4096; 1 on a terminal]"),
     ] = None,
     too_long: Annotated[
         Literal["truncate", "split", "refuse"],
@@ -63,7 +67,7 @@ def translate(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of each process. [its share of the CPUs]")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the lines, on CPUs.")] = 1,
-    precision: Annotated[Precision, typer.Option(help="Of the models.")] = "fp32",
+    precision: Annotated[Literal["fp32", "bf16", "int8"], typer.Option(help="Of the models; int8 on a CPU.")] = "fp32",
     device: Annotated[Device, typer.Option(help="auto = cuda where there is one.")] = "auto",
 ) -> None:
     """Translate lines from standard input to standard output, in order; an empty line stays empty.
@@ -86,6 +90,7 @@ def translate(
     settings: dict[str, Any] = {
         "precision": precision,
         "n_best": n_best,
+        "remove_repeats": remove_repeats,
         "max_tokens": max_tokens,
         "window": window or (1 if waits else DEFAULT_WINDOW),
         "too_long": too_long,
@@ -102,9 +107,10 @@ def translate(
             use_threads(threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             translator = load(model, teacher=rerank, device=device, **settings)
         if source is not None and target is not None:
+            part_lines = settings["window"] * (1 if workers == 1 else 4 * workers)  # workers wait at a part's end
             report = translate_file(
-                translator, source, target, job=job_of(model, rerank, settings), n_best=n_best, errors=errors,
-                rank=rank, world_size=world_size,
+                translator, source, target, job=job_of(model, rerank, settings), part_lines=part_lines, n_best=n_best,
+                errors=errors, rank=rank, world_size=world_size,
             )  # fmt: skip
             if report is not None:
                 print(f"{target}: {report.num_lines} lines", file=sys.stderr)

@@ -34,9 +34,12 @@ class Chunks:
     rank: int = 0
     world_size: int = 1
 
+    def path(self, number: int) -> Path:
+        return self.directory / f"{number:06d}{self.suffix}"
+
     @property
     def paths(self) -> list[Path]:
-        return [self.directory / f"{number:06d}{self.suffix}" for number in range(self.count)]
+        return [self.path(number) for number in range(self.count)]
 
     def make_directory(self) -> None:
         with writing(self.directory):
@@ -56,7 +59,7 @@ class Chunks:
         for number in own + others:
             if number in ready:
                 continue
-            if self.paths[number].exists() or self.is_finished():
+            if self.path(number).exists() or self.is_finished():
                 passed(number)
             else:
                 yield number
@@ -64,7 +67,7 @@ class Chunks:
     def write(self, number: int, fill: Callable[[IO[bytes]], None]) -> None:
         """Raises DataError when the disk refuses."""
         try:
-            with replacing(self.paths[number], "wb") as file:
+            with replacing(self.path(number), "wb") as file:
                 fill(file)
         except DataError:
             # Another rank was quicker, rank 0 has assembled everything, and the folder of chunks is gone. A file

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine_fast import ops
 from engine_fast.data.symbols import BOS, EOS, MASK, PAD
 from engine_fast.decoding.hypothesis import Hypothesis, score_dtype, top
 from engine_fast.errors import require
 from engine_fast.models import Student
 
 Rescore = Callable[[Tensor, Tensor], Tensor]
-"""(source (N, S), target (N, T)) -> (N,) energies in nats; lower is better."""
+"""(source (B, S), target (B * K, T): K adjacent candidates of each source) -> (B * K,) energies in nats; lower is
+better. energies.discrete_energy of a teacher is one: all candidates in one parallel pass (noisy parallel decoding)."""
 
 Observe = Callable[[int, Tensor, Tensor, Tensor], None]
 """(pass from 0, tokens (N, T), log-probabilities (N, T) in nats, masked (N, T)), called after each pass. `masked` are
@@ -26,8 +28,6 @@ the slots that the pass predicted; the others keep what they had. The next pass 
 
 MIN_LENGTH = 2
 """One word and EOS."""
-_BLOCK_ELEMENTS = 1 << 24
-"""Logits held at once, so that memory does not grow with the batch times the vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +114,7 @@ def mask_predict_n_best(
     found = _decode(model, memory, iterations=iterations, lengths_BK=lengths_BK, force_end=force_end)
     scores_BK = found.averages
     if rescore is not None:
-        sources_NS = source_BS.repeat_interleave(lengths_BK.shape[1], dim=0)
-        energies_BK = rescore(sources_NS, found.tokens.flatten(0, 1)).view_as(scores_BK)
+        energies_BK = rescore(source_BS, found.tokens.flatten(0, 1)).view_as(scores_BK)
         scores_BK = -energies_BK / found.lengths.to(energies_BK.dtype) ** length_penalty
     scores_BK, order_BK = top(scores_BK, scores_BK.shape[1])
     ranked: list[list[Hypothesis]] = []
@@ -181,14 +180,16 @@ def _decode(
     num_sentences, num_candidates = lengths_BK.shape
     lengths_N = lengths_BK.flatten()
     device = lengths_N.device
-    memory = memory.select(torch.arange(num_sentences, device=device).repeat_interleave(num_candidates))
+    if iterations > 1:
+        memory = model.prepare(memory)
     slots_T = torch.arange(int(lengths_N.max()), device=device)
     num_predicted_N = lengths_N - 1 if force_end else lengths_N
     open_NT = slots_T < num_predicted_N[:, None]
     tokens_NT = torch.where(slots_T < lengths_N[:, None], MASK, PAD)
+    asked_NT = tokens_NT.clone()
     forbidden = [BOS, PAD, MASK, EOS] if force_end else []
     values_NT = torch.zeros(tokens_NT.shape, dtype=score_dtype(memory.states.dtype), device=device)
-    _predict(model, memory, tokens_NT, values_NT, open_NT, forbidden)
+    _predict(model, model.share(memory, num_candidates), tokens_NT, values_NT, open_NT, forbidden)
     if force_end:  # only now: in training every slot of the first pass reads MASK, the last one too
         tokens_NT.scatter_(1, lengths_N[:, None] - 1, EOS)
     if observe is not None:
@@ -198,8 +199,20 @@ def _decode(
         doubt_NT = values_NT.masked_fill(~open_NT, float("inf"))
         rank_NT = doubt_NT.argsort(dim=1, stable=True).argsort(dim=1)
         masked_NT = (rank_NT < num_masked_N[:, None]) & open_NT
-        tokens_NT.masked_fill_(masked_NT, MASK)
-        _predict(model, memory, tokens_NT, values_NT, masked_NT, forbidden)
+        given_NT = tokens_NT.masked_fill(masked_NT, MASK)
+        # A row that reads what it read in the pass before would answer the same.
+        new_B = (given_NT != asked_NT).any(1).view(num_sentences, num_candidates).any(1)
+        asked_NT = given_NT
+        if new_B.all():
+            tokens_NT.copy_(given_NT)
+            _predict(model, model.share(memory, num_candidates), tokens_NT, values_NT, masked_NT, forbidden)
+        elif new_B.any():
+            live_B = new_B.nonzero().flatten()
+            live_N = new_B.repeat_interleave(num_candidates)
+            tokens_LT, values_LT = given_NT[live_N], values_NT[live_N]
+            shared = model.share(memory.select(live_B), num_candidates)
+            _predict(model, shared, tokens_LT, values_LT, masked_NT[live_N], forbidden)
+            tokens_NT[live_N], values_NT[live_N] = tokens_LT, values_LT
         if observe is not None:
             observe(t, tokens_NT, values_NT, masked_NT)
     shape = (num_sentences, num_candidates)
@@ -211,13 +224,7 @@ def _predict(
 ) -> None:
     """Give the masked slots their most probable token and its log-probability. Only they meet the vocabulary."""
     hidden_RD = model.decode(memory, tokens_NT)[masked_NT]
-    words, values = [], []
-    for block_RD in hidden_RD.split(max(1, _BLOCK_ELEMENTS // model.target_size)):
-        logits_RV = model.project(block_RD).to(values_NT.dtype)
-        total_R = logits_RV.logsumexp(-1)
-        logits_RV[:, forbidden] = float("-inf")
-        best_R, word_R = logits_RV.max(-1)
-        words.append(word_R)
-        values.append(best_R - total_R)
-    tokens_NT[masked_NT] = torch.cat(words)
-    values_NT[masked_NT] = torch.cat(values)
+    best_R, word_R = model.project_through(
+        hidden_RD, lambda hidden, weight, bias: ops.linear_argmax(hidden, weight, bias, forbidden=forbidden)
+    )
+    tokens_NT[masked_NT], values_NT[masked_NT] = word_R, best_R

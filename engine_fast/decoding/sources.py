@@ -22,8 +22,8 @@ Ids = Sequence[int] | NDArray[np.integer]
 TooLong = Literal["truncate", "split", "refuse"]
 
 UNKNOWN_SHARE = 0.05
-"""Share of unknown pieces from which a text is suspected to be in another language. Text like the training text, with
-its own vocabulary, stays below a hundredth."""
+"""Share of unknown pieces from which a text is suspected to be in another language or script. To a German-English
+vocabulary of 5000 pieces: German and English of three corpora at most 0.03 %, Romanian 9.5 %, other scripts 40 %."""
 _BREAKING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 """Control characters, and all that any program takes for the end of a line."""
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")

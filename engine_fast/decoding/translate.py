@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import get_args
 
@@ -18,6 +18,7 @@ from engine_fast.decoding.generate import generate
 from engine_fast.decoding.hypothesis import Hypothesis
 from engine_fast.decoding.mask_predict import Rescore, mask_predict_n_best
 from engine_fast.decoding.sources import Ids, TooLong, TranslateReport, encode_lines, fit_sources, one_line
+from engine_fast.distributed.presence import beat
 from engine_fast.errors import DataError, require
 from engine_fast.models import LoadedModel, Student, Teacher
 
@@ -43,6 +44,8 @@ class DecodeSettings:
     """A teacher's log-probability, in search and in reranking, is divided by length to this power."""
     n_best: int = 1
     """Hypotheses kept per sentence."""
+    remove_repeats: bool = False
+    """Leave out tokens equal to the one before. Scores stay those of the whole; see benchmarks/NOTES.md for BLEU."""
     max_tokens: int = 8192
     """Source tokens, padding included, times beam or length_beam, per batch; a longer sentence goes alone."""
     window: int = 4096
@@ -200,7 +203,8 @@ class Translator:
             chosen = [filled[position] for position in batch]
             sizes = None if lengths is None else [lengths[lines[i]] for i in chosen]
             for i, found in zip(chosen, self._search_batch([parts[i] for i in chosen], sizes), strict=True):
-                results[i] = found
+                results[i] = [without_repeats(h) for h in found] if self.settings.remove_repeats else found
+            beat("translate: a batch is done")
             if advance is not None:  # of a source in parts the first stands for all
                 advance(sum(not i or lines[i] != lines[i - 1] for i in chosen))
         grouped: list[list[list[Hypothesis]]] = [[] for _ in sources]
@@ -249,6 +253,13 @@ def windows(lines: Iterable[str], size: int) -> Iterator[list[str]]:
             window, held = [], 0
     if window:
         yield window
+
+
+def without_repeats(hypothesis: Hypothesis) -> Hypothesis:
+    """The hypothesis without tokens that equal the one before."""
+    tokens = hypothesis.tokens
+    kept = [token for token, before in zip(tokens, [None, *tokens], strict=False) if token != before]
+    return replace(hypothesis, tokens=kept)
 
 
 def never_emitted(vocabulary: Vocabulary) -> tuple[int, ...]:

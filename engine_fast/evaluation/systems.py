@@ -90,9 +90,9 @@ def decoder_of(system: System, model: Teacher | Student, judge: Teacher, *, leng
         ]
     student = model
 
-    def energy(source_NS: Tensor, target_NT: Tensor) -> Tensor:
+    def energy(source_BS: Tensor, target_NT: Tensor) -> Tensor:
         with torch.no_grad():
-            return discrete_energy(judge, source_NS, target_NT)
+            return discrete_energy(judge, source_BS, target_NT)
 
     def decode(source_BS: Tensor, lengths_B: Tensor | None) -> list[Hypothesis]:
         return mask_predict(

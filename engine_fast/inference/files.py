@@ -23,9 +23,6 @@ from engine_fast.decoding.translate import Translation
 from engine_fast.distributed.presence import beat
 from engine_fast.errors import CheckpointError, ConfigError
 
-PART_LINES = 20_000
-"""Lines of a part: what a kill costs, and the least that processes share."""
-
 
 class Translates(Protocol):
     """A Translator, or Workers."""
@@ -61,16 +58,17 @@ def translate_file(
     target: Path,
     *,
     job: dict[str, Any],
+    part_lines: int,
     n_best: int = 1,
     errors: DecodingErrors = "strict",
-    part_lines: int = PART_LINES,
     rank: int = 0,
     world_size: int = 1,
     show_progress: bool = True,
 ) -> TranslateReport | None:
     """Translate a file (plain, .gz, .xz) to another; the report on all of it on rank 0, None on the others.
 
-    Parts are made in `target`.parts-<key>/, by all ranks; what is there is not made again. Rank 0 joins them in one
+    Parts of part_lines lines, what a kill costs and what ranks share, are made in `target`.parts-<key>/, by all ranks;
+    what is there is not made again. Rank 0 joins them in one
     step to `target` and writes `target`.json (job, counts), which is there when all is done. The same job on the same
     text is then done at once; another job's result is replaced. The result does not depend on the number of ranks,
     which share the directory and nothing else.

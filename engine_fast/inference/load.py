@@ -16,11 +16,10 @@ from engine_fast.data.vocabulary import Vocabulary
 from engine_fast.decoding import DecodeSettings, Rescore, Translator
 from engine_fast.energies import discrete_energy
 from engine_fast.errors import ConfigError, VocabularyError, require
-from engine_fast.models import LoadedModel, Network, Student, Teacher, load_model
+from engine_fast.models import LoadedModel, Network, Precision, Student, Teacher, load_model, set_precision
 
 LENGTH_BEAM = 3
 """Length candidates of a student whose card names none."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ONLY_STUDENT = ("iterations", "length_beam")
 _ONLY_TEACHER = ("beam", "length_penalty")
 
@@ -30,14 +29,15 @@ def load(
     *,
     teacher: str | Path | None = None,
     device: torch.device | str = "auto",
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     **settings: Any,
 ) -> Translator:
     """The model in a directory, ready to translate: `load(path).translate(["Ein Satz."])`.
 
     Args: path: what train, import or export wrote; a student or a teacher.
         teacher (students only): directory of the teacher that chooses the length candidate of least energy per token.
-        device: auto (a GPU where there is one), cpu, cuda, cuda:N. precision: fp32 or bf16, of model and teacher.
+        device: auto (a GPU where there is one), cpu, cuda, cuda:N. precision: fp32, bf16, or on a CPU int8, of model
+        and teacher (see set_precision).
         settings: fields of DecodeSettings. Left out: length_beam is the model card's, else 3; a beam holds n_best;
         max_positions is at most the model's and the teacher's.
     Warns of what has no effect on this kind of model. No gradients: the weights are frozen.
@@ -48,23 +48,22 @@ def load(
     for name in settings:
         near = get_close_matches(name, known, 1)
         require(name in known, "setting", name, f"one of {', '.join(known)}", f"Did you mean {near[0]!r}?" * bool(near))
-    where, dtype = pick_device(device), pick_dtype(precision)
-    loaded = load_model(path, device=where, dtype=dtype)
-    loaded.model.requires_grad_(False)
+    where = pick_device(device)
+    loaded = load_model(path, device=where)
+    set_precision(loaded.model, precision)
     _warn_without_effect(loaded.model, settings, has_teacher=teacher is not None)
     positions = [loaded.model.max_positions]
     rescore: Rescore | None = None
     if teacher is not None and isinstance(loaded.model, Student):
-        judge = load_model(teacher, device=where, dtype=dtype, kind="teacher")
+        judge = load_model(teacher, device=where, kind="teacher")
+        set_precision(judge.model, precision)
         rescore = _rescorer(loaded, judge)
         positions.append(judge.model.max_positions)
     if settings.get("max_positions") is not None:
         positions.append(settings["max_positions"])
-    n_best = settings.get("n_best", 1)
-    advised = {
-        "beam": max(DecodeSettings().beam, n_best),
-        "length_beam": max(loaded.card.get("length_beam", LENGTH_BEAM), n_best),
-    }
+    n_best, length_beam = settings.get("n_best", 1), loaded.card.get("length_beam", LENGTH_BEAM)
+    require(isinstance(length_beam, int), f"{path}: card.length_beam", length_beam, "a number of candidates")
+    advised = {"beam": max(DecodeSettings().beam, n_best), "length_beam": max(length_beam, n_best)}
     return Translator(loaded, DecodeSettings(**advised | settings | {"max_positions": min(positions)}), rescore)
 
 
@@ -86,12 +85,6 @@ def pick_device(device: torch.device | str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def pick_dtype(precision: str) -> torch.dtype:
-    """Raises ConfigError."""
-    require(precision in DTYPES, "precision", precision, " or ".join(DTYPES))
-    return DTYPES[precision]
-
-
 def _rescorer(student: LoadedModel, judge: LoadedModel) -> Rescore:
     for side in ("source", "target"):
         own: Vocabulary = getattr(student, f"{side}_vocabulary")
@@ -102,7 +95,7 @@ def _rescorer(student: LoadedModel, judge: LoadedModel) -> Rescore:
                 "Rerank with the teacher that the student was trained with."
             )
     assert isinstance(judge.model, Teacher)
-    return partial(discrete_energy, judge.model.requires_grad_(False))
+    return partial(discrete_energy, judge.model)
 
 
 def _warn_without_effect(model: Network, settings: dict[str, Any], *, has_teacher: bool) -> None:

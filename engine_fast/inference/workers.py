@@ -50,6 +50,7 @@ class Workers:
         self.report = TranslateReport()
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
+        self._running: dict[int, tuple[int, str]] = {}  # worker -> number of its window, what it does
         context = get_context("spawn")
         try:
             for _ in range(num_workers):
@@ -99,11 +100,14 @@ class Workers:
         """As Translator.translate_n_best(), with two windows per worker in memory.
 
         An error, of a line or of a worker that died, is raised when its turn comes: what is before it is whole.
-        A stream that is left before its end ends the workers.
         """
+        for worker, (_, doing) in self._running.items():  # of a stream that was left before its end
+            self._receive(worker, doing)
+        self._running.clear()
+        running = self._running
         self.report = TranslateReport()
         jobs: Iterator[_Job] | None = self._jobs(lines, lengths, first_line)
-        idle, running = list(range(len(self._pipes))), dict[int, tuple[int, str]]()
+        idle = list(range(len(self._pipes)))
         done: dict[int, _Result | EngineFastError] = {}
         read = written = 0
         try:
@@ -137,8 +141,6 @@ class Workers:
                 else:
                     return
         finally:
-            if running:
-                self.close()
             summary = self.report.summary(self.max_positions)
             if summary:
                 warnings.warn(summary, stacklevel=2)

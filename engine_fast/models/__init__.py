@@ -2,6 +2,7 @@
 
 from engine_fast.models.cmlm import CMLM
 from engine_fast.models.lstm import Seq2Seq
+from engine_fast.models.precision import Precision, set_precision
 from engine_fast.models.protocols import Network, Student, Teacher, Through
 from engine_fast.models.stacks import EncoderDecoder, Memory
 from engine_fast.models.store import LoadedModel, load_model, save_model
@@ -16,6 +17,7 @@ __all__ = [
     "LoadedModel",
     "Memory",
     "Network",
+    "Precision",
     "Seq2Seq",
     "Student",
     "Tagger",
@@ -26,5 +28,6 @@ __all__ = [
     "load_model",
     "reverse_words",
     "save_model",
+    "set_precision",
     "shift_right",
 ]

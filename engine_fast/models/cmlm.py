@@ -48,8 +48,10 @@ class CMLM(EncoderDecoder, Student):
         """Memory without the length token, and (B, L) length logits; class 0 is -inf."""
         memory = self.encoder(source_BS, prefix_D=self.length_embedding())
         logits_BL = self.length_embedding(memory.states[:, 0])
-        return Memory(memory.states[:, 1:], memory.mask[:, 1:]), logits_BL
+        # Adjacent rows: of a slice F.linear makes a batched product, with a copy of the weights for each sentence.
+        return Memory(memory.states[:, 1:].contiguous(), memory.mask[:, 1:]), logits_BL
 
     def decode(self, memory: Memory, tokens_BT: Tensor) -> Tensor:
-        """(B, T, D) hidden states; every position sees all positions that are not PAD."""
+        """(B, T, D) hidden states; every position sees all positions that are not PAD. There may be several adjacent
+        rows for each sentence of the memory."""
         return self.decoder(memory, self.decoder.embedding(tokens_BT), tokens_BT != PAD)  # type: ignore[no-any-return]

@@ -92,10 +92,13 @@ class CrossAttention(nn.Module):
         k, v = (_split(part, self.heads) for part in self.kv_proj(states_BSD).chunk(2, dim=-1))
         return k, v
 
-    def forward(self, x_BTD: Tensor, keys_values: tuple[Tensor, Tensor], mask_BS: Tensor) -> Tensor:
-        q = _split(self.q_proj(x_BTD), self.heads)
+    def forward(self, x_NTD: Tensor, keys_values: tuple[Tensor, Tensor], mask_BS: Tensor) -> Tensor:
+        """N = B, or K adjacent rows of each sentence: its K * T queries then meet its keys in one product."""
+        q_NTD = self.q_proj(x_NTD)
+        q = _split(q_NTD.reshape(mask_BS.shape[0], -1, q_NTD.shape[2]), self.heads)
         dropout_p = self.dropout if self.training else 0.0
-        return self.out_proj(attend(q, *keys_values, mask=mask_BS[:, None, None, :], dropout_p=dropout_p))  # type: ignore[no-any-return]
+        found = attend(q, *keys_values, mask=mask_BS[:, None, None, :], dropout_p=dropout_p)
+        return self.out_proj(found.view_as(q_NTD))  # type: ignore[no-any-return]
 
 
 class FeedForward(nn.Module):
@@ -141,13 +144,20 @@ class DecoderLayer(EncoderLayer):
         self.cross_attention_norm = nn.LayerNorm(config.width, eps=config.norm_epsilon)
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, states_BSD: Tensor, source_mask_BS: Tensor, target_mask_BT: Tensor | None
+        self,
+        x: Tensor,
+        states_BSD: Tensor,
+        source_mask_BS: Tensor,
+        target_mask_BT: Tensor | None,
+        keys_values: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """target_mask_BT: keys a bidirectional decoder may see; None = causal."""
+        """target_mask_BT: keys a bidirectional decoder may see; None = causal. keys_values: of states_BSD, if made
+        ahead."""
         h = self.self_attention_norm(x) if self.pre else x
         h = self.self_attention(h, mask_BS=target_mask_BT, causal=target_mask_BT is None)
         x = self._add(x, h, self.self_attention_norm)
-        return self._rest(x, self.cross_attention.keys_values(states_BSD), source_mask_BS)
+        keys_values = self.cross_attention.keys_values(states_BSD) if keys_values is None else keys_values
+        return self._rest(x, keys_values, source_mask_BS)
 
     def step(
         self,

@@ -41,6 +41,14 @@ class Network(nn.Module, ABC):
         """Longest side, end symbol included."""
         return int(self.architecture.max_positions)
 
+    def share(self, memory: Any, count: int) -> Any:
+        """What decode() takes beside `count` adjacent rows for each sentence of the memory: here, each sentence as
+        often. A network whose decoder can tell from the rows' number returns the memory as it is."""
+        if count == 1:
+            return memory
+        sentences_B = torch.arange(memory.mask.shape[0], device=memory.mask.device)
+        return memory.select(sentences_B.repeat_interleave(count))
+
     @abstractmethod
     def project(self, hidden: Tensor) -> Tensor:
         """(..., D) hidden states -> (..., V) logits."""
@@ -106,6 +114,10 @@ class Student(Network):
     def encode(self, source_BS: Tensor) -> tuple[Any, Tensor]:
         """(memory as a teacher's with `.states`, (B, L) length logits); class n stands for n target tokens, end symbol
         included, and class 0 is -inf."""
+
+    def prepare(self, memory: Any) -> Any:
+        """The memory with whatever several passes of decode() over it would each compute again."""
+        return memory
 
     @abstractmethod
     def decode(self, memory: Any, tokens_BT: Tensor) -> Tensor:

@@ -31,10 +31,16 @@ class Memory:
     """(B, S, D) encoder outputs."""
     mask: Tensor
     """(B, S) bool, True at real tokens."""
+    keys_values: tuple[tuple[Tensor, Tensor], ...] = ()
+    """Each decoder layer's (B, H, S, D/H) keys and values of the states, where they were made ahead; else nothing."""
 
     def select(self, indices_B: Tensor) -> Memory:
         """The rows `indices_B`, which may repeat or drop sentences."""
-        return Memory(self.states.index_select(0, indices_B), self.mask.index_select(0, indices_B))
+        return Memory(
+            self.states.index_select(0, indices_B),
+            self.mask.index_select(0, indices_B),
+            tuple((k.index_select(0, indices_B), v.index_select(0, indices_B)) for k, v in self.keys_values),
+        )
 
 
 class Table(nn.Embedding):
@@ -109,10 +115,14 @@ class Decoder(Stack):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
 
     def forward(self, memory: Memory, embedded_BTD: Tensor, target_mask_BT: Tensor | None = None) -> Tensor:
-        """embedded_BTD: unscaled rows or mixtures of rows of the table; target_mask_BT None = causal."""
+        """embedded_BTD: unscaled rows or mixtures of rows of the table; target_mask_BT None = causal.
+
+        There may be several adjacent rows for each sentence of the memory.
+        """
         x = self.drop(self.place(embedded_BTD))
-        for layer in self.layers:
-            x = self.run(layer, x, memory.states, memory.mask, target_mask_BT)
+        for i, layer in enumerate(self.layers):
+            ahead = memory.keys_values[i] if memory.keys_values else None
+            x = self.run(layer, x, memory.states, memory.mask, target_mask_BT, ahead)
         return self.final_norm(x)  # type: ignore[no-any-return]
 
 
@@ -157,6 +167,16 @@ class EncoderDecoder(Network):
     def embedding_table(self) -> Tensor:
         """(V, D): the decoder's input embeddings, unscaled."""
         return self.decoder.embedding.weight
+
+    def share(self, memory: Memory, count: int) -> Memory:
+        """The memory itself: rows of one sentence meet its keys and values together, see CrossAttention."""
+        return memory
+
+    def prepare(self, memory: Memory) -> Memory:
+        """The memory with every decoder layer's keys and values."""
+        layers = [layer for layer in self.decoder.layers if isinstance(layer, DecoderLayer)]
+        made = tuple(layer.cross_attention.keys_values(memory.states) for layer in layers)
+        return Memory(memory.states, memory.mask, made)
 
     def project(self, hidden: Tensor) -> Tensor:
         """(..., D) decoder outputs -> (..., V) logits."""

@@ -51,6 +51,11 @@ _ARCHITECTURES: dict[str, type[AnyArchitecture] | type[HuggingFaceArchitecture]]
     "tagger": TaggerArchitecture,
 }
 
+_TEXTS = (
+    "weights.sha256", *(f"vocabularies.{side}.{key}" for side in ("source", "target") for key in ("file", "hash")),
+)  # fmt: skip
+"""What a config.json must name."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
@@ -266,18 +271,26 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: cannot be read ({error}). The directory is damaged: export the model again."
         ) from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") not in KINDS:
+    if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") not in list(KINDS):
         got = config.get("format") if isinstance(config, dict) else config
         raise CheckpointError(
             f"{path}: format {got!r}, expected {FORMAT} with kind {' or '.join(KINDS)}. "
             "Use the version that wrote it, or export again."
         )
-    missing = [key for key in ("architecture", "vocabularies", "weights") if key not in config]
-    if missing:
+    wrong = [key for key in _TEXTS if not isinstance(_at(config, key), str)]
+    wrong += ["architecture"] * (not isinstance(config.get("architecture"), dict))
+    wrong += ["card"] * (not isinstance(config.get("card", {}), dict))
+    if wrong:
         raise CheckpointError(
-            f"{path}: {', '.join(missing)} missing. The directory is damaged: export the model again."
+            f"{path}: {', '.join(wrong)} missing or damaged. Put the original back, or export the model again."
         )
     return config
+
+
+def _at(tree: Any, path: str) -> Any:
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
 
 
 def _read_vocabularies(directory: Path, config: dict[str, Any]) -> tuple[Vocabulary, Vocabulary]:

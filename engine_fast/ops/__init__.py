@@ -1,6 +1,7 @@
 """The vocabulary-sized operations of ENGINE. Every function here has its definition in `ops.reference`."""
 
 from engine_fast.ops import reference
+from engine_fast.ops.argmax import linear_argmax
 from engine_fast.ops.energy import energy
 from engine_fast.ops.library import Implementation, implementation, using
 from engine_fast.ops.linear import (
@@ -15,6 +16,7 @@ __all__ = [
     "Implementation",
     "energy",
     "implementation",
+    "linear_argmax",
     "linear_energy",
     "linear_soft_embedding",
     "linear_soft_embedding_and_logits",

@@ -6,6 +6,7 @@ csrc/aten repeats what a kernel's safety needs, for callers of the raw operators
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -117,6 +118,14 @@ def table(where: str, weight: Tensor, table: Tensor, hidden: Tensor) -> None:
         )
     if not _autocast(hidden):
         _pair(where, "h", hidden, "table", table)
+
+
+def forbidden(where: str, words: Sequence[int], num_words: int) -> None:
+    if num_words < 1:
+        raise ConfigError(f"{where}: V = {num_words}, expected at least one word.")
+    for word in words:
+        if isinstance(word, bool) or not isinstance(word, int) or not 0 <= word < num_words:
+            raise ConfigError(f"{where}: forbidden holds {word!r}, expected ids from 0 to {num_words - 1}.")
 
 
 def options(

@@ -6,6 +6,8 @@ nothing is compiled, and with ENGINE_FAST_OPS=reference.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -198,6 +200,28 @@ def linear_soft_embedding_and_logits(
     checks.head("linear_soft_embedding", "h", h, "w_student", w_student, "bias_student", bias_student)
     z = F.linear(h, w_student, bias_student)
     return soft_embedding(z, table, operator, noise=noise, seed=seed, ignore=ignore, temperature=temperature), z
+
+
+@torch.no_grad()
+def linear_argmax(
+    h: Tensor, weight: Tensor, bias: Tensor | None = None, *, forbidden: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """The most probable word of each row that is not forbidden, and log softmax(h weight' + bias) of it.
+
+    The probabilities are the model's own: forbidding a word does not raise the others.
+
+    Args: h: (N, D) hidden states; weight: (V, D) head; bias: (V,); forbidden: ids that are never chosen.
+    Returns: (N,) log-probabilities in nats, float32 (float64 for float64); (N,) int64 ids, the lowest among equals.
+        A row with NaN or +inf has a NaN value, one without an allowed word -inf; both have any id of the vocabulary.
+    Gradients: none; what decodes needs none.
+    """
+    checks.head("linear_argmax", "h", h, "weight", weight, "bias", bias)
+    checks.forbidden("linear_argmax", forbidden, weight.shape[0])
+    z = _accumulate(F.linear(h, weight, bias))
+    allowed = z.clone()
+    allowed[:, list(forbidden)] = -torch.inf
+    word = allowed.argmax(-1)
+    return allowed.gather(-1, word[:, None]).squeeze(-1) - z.logsumexp(-1), word
 
 
 def _carrier(z: Tensor, op: Operator, noise: Tensor | None, seed: Seed, temperature: float) -> tuple[Tensor, Tensor]:

@@ -141,6 +141,80 @@ def test_long_lines_are_told_or_refused(student: Path) -> None:
     assert "line 2: 31 tokens" in refused.stderr
 
 
+def test_long_lines_are_translated_in_parts(student: Path) -> None:
+    words = [WORDS[i % 7] for i in range(30)]
+    result = call("translate", "--model", student, "--too-long", "split", stdin=" ".join(words) + "\nmon\n")
+    parts = Translator(load_model(student)).translate([" ".join(words[:15]), " ".join(words[15:]), "mon"])
+    assert result.stdout.splitlines() == [" ".join(parts[:2]), parts[2]]
+    assert "engine-fast: of 2 lines: 1 longer than 24 tokens, the first in line 1, translated in parts" in result.stderr
+
+
+def test_invalid_utf8_may_be_replaced_and_is_counted(teacher: Path) -> None:
+    args = ("translate", "--model", teacher, "--beam", "1")
+    result = call(*args, "--encoding-errors", "replace", stdin=b"mon\n\xff\xfe\n" + b"mon\n" * 30)
+    assert result.exit_code == 0
+    assert result.stdout.split("\n") == call(*args, stdin="mon\n\ufffd\ufffd\n" + "mon\n" * 30).stdout.split("\n")
+    assert result.stderr == "engine-fast: of 32 lines: 1 with bytes that are not UTF-8, read as U+FFFD\n"
+
+
+def test_another_language_is_suspected(teacher: Path) -> None:
+    result = call("translate", "--model", teacher, stdin="zwei Hunde\nmon\n")
+    assert "66.7% of the pieces are unknown to the vocabulary (is this the language" in result.stderr
+
+
+def test_workers_write_what_one_process_writes(student: Path) -> None:
+    stdin = "".join(f"{WORDS[i % 7]} {WORDS[i % 5]}\n" for i in range(30)) + "\n"
+    args = ("translate", "--model", student, "--window", "4", "--n-best", "2")
+    result = call(*args, "--workers", "2", "--threads", "1", stdin=stdin)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == call(*args, stdin=stdin).stdout
+    assert (result.stdout.count("\n"), result.stderr) == (61, "")
+
+
+def test_a_file_to_a_file(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").write_text(TEXT)
+    files = ("--input", tmp_path / "in", "--output", tmp_path / "out")
+    args = ("translate", "--model", student)
+    result = call(*args, *files, "--window", "2")
+    assert (result.exit_code, result.stdout, result.stderr.splitlines()[-1]) == (0, "", f"{tmp_path / 'out'}: 4 lines")
+    assert (tmp_path / "out").read_text() == call(*args, stdin=TEXT).stdout == call(*args, *files[:2]).stdout
+    assert "goes with --input" in call(*args, *files[2:]).stderr
+    assert "--oracle-lengths goes" in call(*args, *files, "--oracle-lengths", tmp_path / "in").stderr
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "2 ranks cannot share standard output" in call(*args, stdin=TEXT).stderr
+
+
+@pytest.mark.slow
+def test_ranks_translate_a_file_and_a_killed_one_costs_nothing(student: Path, tmp_path: Path) -> None:
+    """Rank 0 kills itself before it joins the parts; the launcher starts all again, and the parts are still there."""
+    lines = [f"{WORDS[i % 7]} {WORDS[i % 5]} {WORDS[i % 3]}" for i in range(1000)]
+    (tmp_path / "in").write_text("\n".join(lines) + "\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "died = os.environ.get('ENGINE_FAST_TEST_DIED')\n"
+        "if died and os.environ.get('RANK') == '0':\n"
+        "    from engine_fast.inference import files\n"
+        "    def die(target, parts, job):\n"
+        "        made = sum(path.exists() for path in parts.paths)\n"
+        "        if os.path.exists(died):\n"
+        "            return join(target, parts, job)\n"
+        "        open(died, 'w').write(str(made))\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    join, files._join = files._join, die\n"
+    )
+    command = [sys.executable, "-m", "engine_fast.cli.main", "launch", "--out", tmp_path / "run", "--ranks", "2"]
+    command += ["--max-restarts", "1", "--backoff", "0.1", "--", "translate", "--model", student, "--window", "50"]
+    command += ["--input", tmp_path / "in", "--output", tmp_path / "out"]
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH"), str(Path.cwd())])])
+    environment = {**os.environ, "PYTHONPATH": paths, "ENGINE_FAST_TEST_DIED": str(tmp_path / "died")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "died").read_text() == "20"
+    assert (tmp_path / "out").read_text().splitlines() == Translator(load_model(student)).translate(lines)
+    assert [path.name for path in tmp_path.iterdir() if "parts" in path.name] == []
+
+
 def test_options_without_effect_are_told(teacher: Path, student: Path) -> None:
     told = call("translate", "--model", teacher, "--iterations", "4", "--rerank", teacher, stdin="mon\n").stderr
     assert "iterations, teacher: without effect on a transformer model" in told

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -8,10 +9,10 @@ from torch import Tensor
 
 from engine_fast.data.symbols import BOS, EOS, MASK, PAD
 from engine_fast.decoding import mask_predict, mask_predict_candidates, mask_predict_n_best
-from engine_fast.decoding import mask_predict as function
 from engine_fast.decoding.mask_predict import lengths_around, predict_lengths
+from engine_fast.energies import discrete_energy
 from engine_fast.errors import ConfigError
-from engine_fast.models import CMLM
+from engine_fast.models import CMLM, Transformer
 from tests.decoding.tiny import make_student, pad
 
 
@@ -112,14 +113,14 @@ def test_oracle_lengths_are_kept(student: CMLM, sources: Tensor) -> None:
 def test_rescoring_chooses_by_energy_over_length(student: CMLM, sources: Tensor) -> None:
     asked: list[tuple[Tensor, Tensor]] = []
 
-    def rescore(source_NS: Tensor, target_NT: Tensor) -> Tensor:
-        asked.append((source_NS, target_NT))
+    def rescore(source_BS: Tensor, target_NT: Tensor) -> Tensor:
+        asked.append((source_BS, target_NT))
         return (target_NT == 7).sum(1) * 10.0 + (target_NT != PAD).sum(1).float()
 
     plain = mask_predict_n_best(student, sources, length_beam=4)
     chosen = mask_predict_n_best(student, sources, length_beam=4, rescore=rescore)
-    assert asked[0][0].shape == (16, sources.shape[1])
-    assert torch.equal(asked[0][0][::4], sources)
+    assert torch.equal(asked[0][0], sources)
+    assert len(asked[0][1]) == 16
     for before, after in zip(plain, chosen, strict=True):
         assert {tuple(h.tokens) for h in before} == {tuple(h.tokens) for h in after}
         scores = [-(10.0 * h.tokens.count(7) + len(h.tokens)) / len(h.tokens) for h in after]
@@ -131,21 +132,78 @@ def test_rescoring_chooses_by_energy_over_length(student: CMLM, sources: Tensor)
 
 def test_only_masked_slots_meet_the_vocabulary(student: CMLM, sources: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    project = student.project
-    monkeypatch.setattr(student, "project", lambda hidden: rows.append(len(hidden)) or project(hidden))
+    project = student.project_through
+    monkeypatch.setattr(student, "project_through", lambda h, through: rows.append(len(h)) or project(h, through))
     lengths = torch.tensor([[5], [3], [11], [9]])
     mask_predict_candidates(student, sources, iterations=4, lengths_BK=lengths)
     n = [4, 2, 10, 8]
-    assert rows == [sum(n)] + [sum(max(1, m * (4 - t) // 4) for m in n) for t in (1, 2, 3)]
+    first, *rest = rows
+    assert first == sum(n)
+    for t, found in enumerate(rest, 1):  # without the sentences that have nothing new to read
+        masked = [max(1, m * (4 - t) // 4) for m in n]
+        assert masked[2] <= found <= sum(masked)
 
 
-def test_the_vocabulary_product_is_split_into_blocks(
-    student: CMLM, sources: Tensor, monkeypatch: pytest.MonkeyPatch
+def test_candidates_are_those_of_separate_runs(student: CMLM, sources: Tensor) -> None:
+    lengths = torch.tensor([[5, 2, 9], [2, 3, 4], [7, 3, 6], [24, 8, 10]])
+    together = mask_predict_candidates(student, sources, iterations=3, lengths_BK=lengths)
+    for k in range(3):
+        alone = mask_predict_candidates(student, sources, iterations=3, lengths_BK=lengths[:, k : k + 1])
+        width = alone.tokens.shape[2]
+        assert torch.equal(together.tokens[:, k, :width], alone.tokens[:, 0])
+        torch.testing.assert_close(together.log_probabilities[:, k], alone.log_probabilities[:, 0], rtol=0, atol=1e-9)
+
+
+def test_a_source_is_encoded_and_projected_once(student: CMLM, sources: Tensor) -> None:
+    """Whatever the candidates and passes: the decoder's keys and values cost B * S rows a layer."""
+    rows: dict[str, list[int]] = {"encoder": [], "keys": []}
+    student.encoder.register_forward_hook(lambda *call: rows["encoder"].append(len(call[1][0])))
+    for layer in student.decoder.layers:
+        layer.cross_attention.kv_proj.register_forward_hook(
+            lambda _, given, __: rows["keys"].append(given[0].shape[:2].numel())
+        )
+    for iterations in (1, 4):
+        mask_predict(student, sources, iterations=iterations, length_beam=3)
+        assert rows == {"encoder": [4], "keys": [sources.numel()] * 2}
+        for seen in rows.values():
+            seen.clear()
+
+
+def test_a_sentence_that_reads_nothing_new_is_not_computed_again(student: CMLM) -> None:
+    """Of one word, the only slot is masked in every pass: the first two passes say all (the end differs). Another goes
+    on; both are what they are alone."""
+    rows: list[int] = []
+    student.decoder.register_forward_hook(lambda _, given, __: rows.append(len(given[1])))
+    sources, lengths = pad([[9, EOS], [7, 7, 9, 10, 6, 5, EOS]]), torch.tensor([[2, 2], [9, 8]])
+    found = mask_predict_candidates(student, sources, iterations=4, lengths_BK=lengths)
+    assert rows == [4, 4, 2, 2]
+    rows.clear()
+    alone = mask_predict_candidates(student, sources[:1, :2], iterations=10, lengths_BK=lengths[:1])
+    assert rows == [2, 2]
+    assert found.tokens[0, :, :2].tolist() == alone.tokens[0].tolist()
+    torch.testing.assert_close(found.log_probabilities[0], alone.log_probabilities[0])
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_reranking_is_one_pass_of_the_teacher(
+    student: CMLM, teacher: Transformer, sources: Tensor, length_penalty: float
 ) -> None:
-    whole = mask_predict(student, sources, iterations=3)
-    module = __import__(function.__module__, fromlist=["_BLOCK_ELEMENTS"])
-    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 40)
-    assert [h.tokens for h in mask_predict(student, sources, iterations=3)] == [h.tokens for h in whole]
+    """Noisy parallel decoding: every candidate's energy as if it stood alone, with each source encoded once."""
+    encoded: list[int] = []
+    teacher.encoder.register_forward_hook(lambda _, given, __: encoded.append(len(given[0])))
+    ranked = mask_predict_n_best(
+        student, sources, length_beam=3, rescore=partial(discrete_energy, teacher), length_penalty=length_penalty
+    )
+    assert encoded == [4]
+    assert {tuple(h.tokens) for h in ranked[3]} == {
+        tuple(h.tokens) for h in mask_predict_n_best(student, sources, length_beam=3)[3]
+    }
+    for source, hypotheses in zip(sources, ranked, strict=True):
+        alone = source[source != PAD][None]
+        for h in hypotheses:
+            energy = discrete_energy(teacher, alone, torch.tensor([h.tokens])).item()
+            assert h.score == pytest.approx(-energy / len(h.tokens) ** length_penalty, abs=1e-9)
+        assert [h.score for h in hypotheses] == sorted((h.score for h in hypotheses), reverse=True)
 
 
 def test_nonsense_settings_are_named(student: CMLM, sources: Tensor) -> None:

@@ -98,6 +98,7 @@ def test_a_smaller_limit_bounds_sources_and_candidates() -> None:
     assert sorted(len(h.tokens) for _, h in found) == [2, 3, 4, 5]
 
 
+@pytest.mark.filterwarnings("ignore:of 7 lines")
 def test_control_characters_are_harmless() -> None:
     lines = ["mon\x00 tue", "\x00", "mon\u2028tue", "wed\x0cthu", "fri\r", "\ufeffsat", "\x1b[31msun"]
     out = Translator(load_tiny(make_teacher()), DecodeSettings(beam=1)).translate(lines)
@@ -163,6 +164,19 @@ def test_batches_hold_every_sentence_once_and_fit_the_budget() -> None:
     assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 50 for batch in batches)
     assert any(len(batch) > 1 for batch in batches)
     assert plan_batches([], 50) == []
+
+
+def test_repeated_tokens_are_left_out_where_asked() -> None:
+    loaded = load_tiny(make_student())
+    lines = random_lines(30)
+    plain = list(Translator(loaded, DecodeSettings(length_beam=2)).translate_n_best(lines))
+    short = list(Translator(loaded, DecodeSettings(length_beam=2, remove_repeats=True)).translate_n_best(lines))
+    assert any(a[0][0] != b[0][0] for a, b in zip(plain, short, strict=True)), "no sentence had a repetition"
+    for [(text, whole)], [(shorter, kept)] in zip(plain, short, strict=True):
+        words = text.split()
+        assert shorter.split() == [word for i, word in enumerate(words) if i == 0 or word != words[i - 1]]
+        assert (kept.score, kept.log_probability) == (whole.score, whole.log_probability)
+        assert kept.tokens[-1] == EOS
 
 
 def test_a_vocabulary_without_mask_keeps_its_first_word() -> None:

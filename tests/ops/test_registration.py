@@ -58,6 +58,7 @@ def arguments(device: str, operator: str, *, noise: bool, grad: bool) -> dict[st
             v, torch.randn(N, V, device=device), *still(h, w, b, table), z.detach(), *plain,
             [True, True, False, True],
         ),
+        "linear_argmax": (*still(h, w, b), [0, 3, 1]),
     }  # fmt: skip
 
 

@@ -172,8 +172,7 @@ def _energies(system: System, source: Source, rows: list[list[int]]) -> list[lis
     target_KT = torch.full((len(rows), max(map(len, rows))), PAD, device=device)
     for k, row in enumerate(rows):
         target_KT[k, : len(row)] = torch.tensor(row, device=device)
-    memory = teacher.encode(source_BS).select(torch.zeros(len(rows), dtype=torch.int64, device=device))
-    energies_KT = token_energies(teacher, memory, target_KT)
+    energies_KT = token_energies(teacher, teacher.share(teacher.encode(source_BS), len(rows)), target_KT)
     return [energies[: len(row)] for energies, row in zip(energies_KT.tolist(), rows, strict=True)]
 
 

@@ -16,7 +16,7 @@ from engine_fast.decoding.sources import encode_lines, one_line
 from engine_fast.energies import discrete_energy
 from engine_fast.errors import CheckpointError, VocabularyError
 from engine_fast.inference.load import load
-from engine_fast.models import LoadedModel, Student, Teacher
+from engine_fast.models import LoadedModel, Precision, Student, Teacher
 
 _PLANNED = 1 << 40
 """More tokens than any batch has: what reaches a translator here is one batch already."""
@@ -152,7 +152,7 @@ def load_systems(
     teacher: str | Path | None = None,
     cmlm: str | Path | None = None,
     device: torch.device | str = "auto",
-    precision: str = "fp32",
+    precision: Precision = "fp32",
 ) -> dict[str, System]:
     """The systems of a service by name, the one that answers by default first.
 
