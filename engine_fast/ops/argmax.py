@@ -16,8 +16,9 @@ def linear_argmax(
 ) -> tuple[Tensor, Tensor]:
     """The most probable word of each row that is not forbidden, and log softmax(h weight' + bias) of it.
 
-    See `ops.reference.linear_argmax`. Logits exist for one tile of rows at a time (16 MiB), in the dtype of h, and are read once
-    for maximum, argmax and sum, which is accumulated in float32 (float64 for float64); no probabilities are stored.
+    See `ops.reference.linear_argmax`. Logits exist for one tile of rows at a time (16 MiB), in the dtype of h, and are
+    read once for maximum, argmax and sum, which is accumulated in float32 (float64 for float64). No probabilities are
+    stored.
 
     Args: h: (N, D) hidden states; weight: (V, D) head; bias: (V,); of one dtype, float32, float64, bfloat16 or (GPU)
         float16. forbidden: ids that are never chosen, while their probability counts.
