@@ -72,6 +72,11 @@ class Workers:
         for warning in answers[0][2]:
             warnings.warn(warning, stacklevel=2)
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes."""
+        return [process.pid for process in self._processes if process.pid is not None]
+
     def __enter__(self) -> Self:
         return self
 

@@ -162,7 +162,10 @@ inline Truth truth_of(const Problem& p) {
       t.ds[i * v + j] = u * (teacher - q);
       t.ds_terms[i * v + j] = std::fabs(u) * (teacher + q);
       t.c[i * v + j] = c;
-      t.dz_terms[i * v + j] = std::fabs(u) * it * c * (std::fabs(mean) + std::fabs(s[j] - max_s));
+      // The identity's terms are not weighted by c; the 1 is the sum, whose own rounding its logarithm keeps.
+      t.dz_terms[i * v + j] = p.op.identity
+                                  ? std::fabs(u) * (1 + std::log(sum_s) + std::fabs(s[j] - max_s))
+                                  : std::fabs(u) * it * c * (std::fabs(mean) + std::fabs(s[j] - max_s));
       t.embedding_terms[i * v + j] = it * c * (std::fabs(mean_dq) + std::fabs(dq[j]));
       double& embedding = t.embedding[i * v + j];
       if (p.op.identity)

@@ -82,9 +82,7 @@ def test_warnings_come_once_and_a_worker_that_dies_is_named(teacher: Path) -> No
         pool = Workers(teacher, num_workers=2, threads=1, teacher=teacher, iterations=2, window=2)
     assert len(told) == 1
     with pool:
-        victim = pool._processes[1].pid
-        assert victim is not None
-        os.kill(victim, signal.SIGKILL)
+        os.kill(pool.pids[1], signal.SIGKILL)
         for _ in range(2):
             with pytest.raises(DistributedError, match=r"worker 2 of 2 was killed by SIGKILL while translating lines"):
                 list(pool.stream(["mon"] * 20))
