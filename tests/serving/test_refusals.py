@@ -32,6 +32,10 @@ def test_limits_are_kept(start: Start) -> None:
         assert refusal(text="mon", **{name: 21}) == (422, "Input should be less than or equal to 20")
     assert client.post("/explain", json={"text": "x" * 11}).status_code == 422
     assert client.post("/explain", json={"text": "mon", "iterations": 21}).status_code == 422
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    stated = schemas["TranslateRequest"]["properties"]["sentences"]
+    assert (stated["maxItems"], stated["items"]["maxLength"]) == (3, 10)
+    assert schemas["ExplainRequest"]["properties"]["text"]["maxLength"] == 10
     too_large = client.post("/translate", json={"text": "x" * 600})
     assert (too_large.status_code, too_large.headers["connection"]) == (413, "close")
     chunks = client.post(

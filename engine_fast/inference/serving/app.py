@@ -107,7 +107,16 @@ def create_app(systems: Mapping[str, System], limits: Limits | None = None) -> F
         """The page."""
         return HTMLResponse(page.html, headers={"Content-Security-Policy": page.policy})
 
+    _state_limits(app.openapi(), limits)
     return app
+
+
+def _state_limits(schema: dict[str, Any], limits: Limits) -> None:
+    """Write into /openapi.json what this service takes; FastAPI keeps the schema that it has made once."""
+    requests = schema["components"]["schemas"]
+    sentences = requests["TranslateRequest"]["properties"]["sentences"]
+    sentences |= {"maxItems": limits.max_sentences, "items": {"type": "string", "maxLength": limits.max_characters}}
+    requests["ExplainRequest"]["properties"]["text"]["maxLength"] = limits.max_characters
 
 
 async def _tell_invalid(_: Request, error: Exception) -> JSONResponse:
