@@ -75,8 +75,11 @@ def save_model(
     target_vocabulary: Vocabulary,
     *,
     card: dict[str, Any] | None = None,
+    readme: str | None = None,
 ) -> None:
     """Write a model directory. A directory that exists is replaced only once the new one is complete on disk.
+
+    card: what config.json keeps beside the architecture. readme: text of a README.md to put in.
 
     Raises VocabularyError when a vocabulary's size is not the model's, CheckpointError when the disk refuses.
     """
@@ -116,6 +119,8 @@ def save_model(
                 "card": (card or {}) | ({"right_to_left": True} if getattr(model, "right_to_left", False) else {}),
             }
             (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            if readme is not None:
+                (fresh / "README.md").write_text(readme, encoding="utf-8")
             for path in fresh.iterdir():
                 path.chmod(0o644)  # safetensors and tempfile keep their files to the owner; models are shared
                 _sync(path)

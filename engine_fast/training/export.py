@@ -1,4 +1,4 @@
-"""A model directory from a stage's checkpoints, finished or not: no DeepSpeed, no GPU, no other directory is needed."""
+"""What others can run, from a stage's checkpoints, finished or not, or from a model directory: no DeepSpeed, no GPU."""
 
 from __future__ import annotations
 
@@ -14,36 +14,75 @@ from torch import Tensor
 from engine_fast.config import AnyArchitecture
 from engine_fast.data.vocabulary import Vocabulary, load_vocabulary
 from engine_fast.distributed import CheckpointStore, Snapshot, World
-from engine_fast.errors import CheckpointError, ConfigError, VocabularyError
-from engine_fast.models import Student, Teacher, save_model
+from engine_fast.errors import CheckpointError, ConfigError, VocabularyError, require
+from engine_fast.inference.card import FORMS, find_evaluation, model_card
+from engine_fast.inference.ctranslate2 import export_ctranslate2
+from engine_fast.inference.onnx import export_onnx
+from engine_fast.models import LoadedModel, Student, Teacher, load_model, save_model
 from engine_fast.models.store import KINDS, is_model_directory, read_architecture
 from engine_fast.training.run_directory import VOCABULARY, read_record
 
 _TRIES = 5
 
 
-def export(stage: Path, to: Path, checkpoint: str, *, say: Callable[[str], None]) -> str:
-    """Write the model directory `to` from a snapshot of the stage directory `stage`; returns the snapshot's name.
+def export(
+    source: Path,
+    to: Path,
+    checkpoint: str | None = None,
+    *,
+    form: str = "safetensors",
+    quantization: str = "float32",
+    say: Callable[[str], None],
+) -> str:
+    """Write `to` from a stage's directory or a model directory; returns what the weights were taken from.
 
-    checkpoint: "best", "latest" (the newest whole one; `say` hears of damaged ones), or a name such as
-    "update-00000500", or "update-500". Checksums are compared before, and `to` is replaced only by a whole directory.
-    Raises CheckpointError, VocabularyError, ConfigError.
+    checkpoint (stages only): "best", the default, "latest" (the newest whole one; `say` hears of damaged ones), or a
+    name such as "update-00000500", or "update-500". Checksums are compared before.
+    form: one of FORMS; quantization: what that form stores weights as. README.md holds the scores of a run that
+    evaluated these weights. `to` is replaced only by a whole directory, and only if an export or a model stands there.
+    Raises CheckpointError, VocabularyError, ConfigError, DataError.
     """
+    require(form in FORMS, "--format", form, f"one of {', '.join(FORMS)}")
+    if form == "safetensors":
+        require(quantization == "float32", "--quantization", quantization, "float32", "load() has a precision for it.")
+        if to.exists() and not is_model_directory(to) and (not to.is_dir() or any(to.iterdir())):
+            raise ConfigError(f"--to {to}: exists, and is no model directory. Choose another directory.")
+    if not read_record(source) and is_model_directory(source):
+        if checkpoint is not None:
+            raise ConfigError(f"--checkpoint {checkpoint}: {source} is a model, not a stage. Leave it out.")
+        loaded, name, model = load_model(source), str(source), source
+    else:
+        loaded, name = _from_checkpoint(source, checkpoint or "best", say)
+        model = source / "model"
+    evaluation = find_evaluation(model, loaded)
+    readme = model_card(loaded, form=form, evaluation=evaluation, quantization=quantization)
+    if form == "ctranslate2":
+        export_ctranslate2(to, loaded, readme=readme, quantization=quantization)
+    elif form == "onnx":
+        export_onnx(to, loaded, readme=readme, quantization=quantization)
+    else:
+        vocabularies = loaded.source_vocabulary, loaded.target_vocabulary
+        save_model(to, loaded.model, *vocabularies, card=loaded.card, readme=readme)
+    return name
+
+
+def _from_checkpoint(stage: Path, checkpoint: str, say: Callable[[str], None]) -> tuple[LoadedModel, str]:
+    """The model of a stage's snapshot, and the snapshot's name."""
     record = _described(stage)
-    if to.exists() and not is_model_directory(to) and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError(f"--to {to}: exists, and is no model directory. Choose another directory.")
     store = CheckpointStore(stage / "checkpoints", world=World(0, 1, torch.device("cpu")))
     name = _find(store, checkpoint, say)
     description = record["model"]
-    vocabularies = _vocabulary(stage / "vocabulary", "source"), _vocabulary(stage / "vocabulary", "target")
+    source, target = _vocabulary(stage / "vocabulary", "source"), _vocabulary(stage / "vocabulary", "target")
     try:
         architecture = read_architecture(description["kind"], description["architecture"])
     except ValidationError as error:
         raise CheckpointError(f"{stage / 'run.json'}: the architecture cannot be used ({error}).") from error
     origin, weights = str(store.directory / name), store.weights(name)
-    model = assemble(KINDS[description["kind"]], architecture, *vocabularies, weights, origin=origin)
-    save_model(to, model, *vocabularies, card=description["card"] | {"checkpoint": name})
-    return name
+    model = assemble(KINDS[description["kind"]], architecture, source, target, weights, origin=origin).eval()
+    card = description["card"] | {"checkpoint": name}
+    if isinstance(model, Teacher):
+        model.right_to_left = bool(card.get("right_to_left"))
+    return LoadedModel(model, source, target, card), name
 
 
 def assemble(

@@ -55,6 +55,24 @@ def test_any_checkpoint_can_be_named(stage, tmp_path, checkpoint, name):
     assert all(saved[key].equal(exported[key]) for key in exported)
 
 
+def test_a_stage_and_its_model_are_exported_for_others(stage, plain_teacher, tmp_path):
+    assert run(stage, "--to", tmp_path / "model").exit_code == 0
+    assert (tmp_path / "model" / "README.md").read_text().startswith("# teacher\n")
+    for name, source in (("a", stage), ("b", plain_teacher / "model")):
+        result = run(source, "--to", tmp_path / name, "--format", "ctranslate2")
+        assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "a" / "model.bin").read_bytes() == (tmp_path / "b" / "model.bin").read_bytes()
+    assert "Checkpoint: best-00000012" in (tmp_path / "a" / "README.md").read_text()
+    assert run(stage, "--to", tmp_path / "a", "--format", "ctranslate2").exit_code == 0  # an older export goes
+    result = run(stage, "--to", tmp_path / "a")  # and only by its own kind
+    assert result.exit_code == 2
+    assert "exists, and is no model directory" in result.stderr
+    result = run(stage, "--to", tmp_path / "c", "--format", "onnx")
+    assert result.exit_code == 2
+    assert "--format ctranslate2" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "model"]
+
+
 def test_an_unfinished_stage_is_exported_too(teach, monkeypatch, tmp_path):
     stop_at(monkeypatch, 2)
     with pytest.raises(Interrupted):

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Translation on one GPU, in one call of less than ten minutes: a sentence alone and in batches, student against teacher,
+# and against CTranslate2 and transformers where they are installed and run there. bench_translate.py says what is
+# measured. Parts that are finished are kept in KEEP; the same call again takes them from there and goes on. The exit
+# code is 0 when all is measured and no floor is missed, 75 when time was up first.
+#
+# For a machine with a GPU, nvcc and a Python with a CUDA torch and this package's dependencies; it needs no network.
+#   RUN      a finished run directory, for the part with trained models; default none
+#   KEEP     default build/gpu/translate
+#   PYTHON   default python3
+#   WHEELS   a folder of wheels to install first (ctranslate2's, for example); default none
+#   OUT      where the log and the result are copied; default nowhere
+#   SECONDS_IN_ALL   the whole ends by then; default 560, of a dry run 900
+#   BUILT=1  the extension is there already (benchmarks/gpu/kernels.sh in the same checkout): do not build it again
+#   DRY=1    try the script itself: tiny models on the CPU, nothing is installed or kept as a result
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python=${PYTHON:-python3}
+in_all=${SECONDS_IN_ALL:-$([ "${DRY:-0}" = 1 ] && echo 900 || echo 560)}
+work=build/gpu
+keep=${KEEP:-$work/translate}
+mkdir -p "$work" "$keep"
+log=$work/translate.txt
+: > "$log"
+
+# shellcheck disable=SC2329  # the trap calls it
+finish() {
+  [ -n "${OUT:-}" ] || return 0
+  mkdir -p "$OUT/results"
+  cp "$log" "$OUT/"
+  find benchmarks/results/gpu "$keep" -maxdepth 1 -name 'translate.*' -newer "$work/translate-started" \
+    -exec cp {} "$OUT/results/" \; 2> /dev/null || true
+  cp "$keep"/*.json "$OUT/results/" 2> /dev/null || true
+}
+touch "$work/translate-started"
+trap finish EXIT
+
+arguments=()
+if [ "${DRY:-0}" = 1 ]; then
+  arguments+=(--smoke --threads 1)
+else
+  nvidia-smi -L | tee -a "$log"
+  if [ -n "${WHEELS:-}" ]; then
+    "$python" -m pip install -q --no-index --no-deps "$WHEELS"/*.whl 2>&1 | tail -n 3 | tee -a "$log"
+  fi
+  if [ "${BUILT:-0}" != 1 ]; then
+    # One target only, unless told otherwise: the build takes much of the time.
+    export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a} MAX_JOBS=${MAX_JOBS:-$(nproc)} ENGINE_FAST_CUDA=1
+    timeout --kill-after=5 240 "$python" -m pip install --no-build-isolation --no-deps -e . > "$work/install.txt" 2>&1 || {
+      tail -n 25 "$work/install.txt" | tee -a "$log"
+      exit 1
+    }
+  fi
+  arguments+=(--device cuda --keep "$keep")
+  [ -z "${RUN:-}" ] || arguments+=(--run "$RUN")
+fi
+left=$((in_all - SECONDS - 15))
+if [ "$left" -lt 20 ]; then
+  echo "no time left to measure: $SECONDS of $in_all s went into the build. Start the same call again with BUILT=1" | tee -a "$log"
+  exit 75
+fi
+rc=0
+timeout --kill-after=5 "$left" "$python" -m benchmarks.bench_translate "${arguments[@]}" --seconds "$((left * 2 / 3))" 2>&1 |
+  tee -a "$log" || rc=$?
+if [ "$rc" = 124 ] || [ "$rc" = 137 ]; then
+  echo "time is up: start the same call again, with BUILT=1" | tee -a "$log"
+  exit 75
+fi
+exit "$rc"
