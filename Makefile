@@ -51,6 +51,7 @@ test: install  ## the test suite
 
 test-slow: install  ## the tests that take minutes
 	@tests/cluster/install.sh
+	@tests/browser/install.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests $(ARGS)
 
 check: install  ## ruff, formatting, mypy, import-linter

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "Train one stage: teacher, cmlm or engine."),
     "distill": ("distill", "Translate the training sources with the teacher's beam search."),
     "translate": ("translate", "Translate lines from standard input to standard output."),
+    "serve": ("serve", "Serve translations over HTTP, with a page that shows how they come about."),
     "score": ("score", "Energy of each translation under a teacher, in nats, one per line."),
     "evaluate": ("evaluate", "Measure every system of a run again: BLEU, chrF, energy, repetition, speed."),
     "report": ("report", "Write a run's report.html from its results."),

@@ -5,6 +5,7 @@ from engine_fast.decoding.generate import generate
 from engine_fast.decoding.hypothesis import Hypothesis
 from engine_fast.decoding.mask_predict import (
     Candidates,
+    Observe,
     Rescore,
     mask_predict,
     mask_predict_candidates,
@@ -18,6 +19,7 @@ __all__ = [
     "DecodeSettings",
     "Hypothesis",
     "MaxLength",
+    "Observe",
     "Rescore",
     "TranslateReport",
     "Translator",

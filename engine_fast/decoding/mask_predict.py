@@ -22,6 +22,10 @@ Rescore = Callable[[Tensor, Tensor], Tensor]
 """(source (B, S), target (B * K, T): K adjacent candidates of each source) -> (B * K,) energies in nats; lower is
 better. energies.discrete_energy of a teacher is one: all candidates in one parallel pass (noisy parallel decoding)."""
 
+Observe = Callable[[int, Tensor, Tensor, Tensor], None]
+"""(pass from 0, tokens (N, T), log-probabilities (N, T) in nats, masked (N, T)), called after each pass. `masked` are
+the slots that the pass predicted; the others keep what they had. The next pass overwrites the tensors: copy them."""
+
 MIN_LENGTH = 2
 """One word and EOS."""
 
@@ -125,7 +129,13 @@ def mask_predict_n_best(
 
 @torch.no_grad()
 def mask_predict_candidates(
-    model: Student, source_BS: Tensor, *, iterations: int = 1, lengths_BK: Tensor, force_end: bool = True
+    model: Student,
+    source_BS: Tensor,
+    *,
+    iterations: int = 1,
+    lengths_BK: Tensor,
+    force_end: bool = True,
+    observe: Observe | None = None,
 ) -> Candidates:
     """Fill every candidate length of every sentence.
 
@@ -135,9 +145,10 @@ def mask_predict_candidates(
     force_end: the last slot reads MASK in pass 0, as in training, and is EOS from then on, because ENGINE's student
     gets no energy gradient there; it is not counted in n, and no other slot may hold BOS, PAD, MASK or EOS.
     False: the last slot is predicted like any other and nothing is forbidden, as in the authors' code.
+    observe: told of every pass, row b * K + k being candidate k of sentence b.
     """
     memory, _ = model.encode(source_BS)
-    return _decode(model, memory, iterations=iterations, lengths_BK=lengths_BK, force_end=force_end)
+    return _decode(model, memory, iterations=iterations, lengths_BK=lengths_BK, force_end=force_end, observe=observe)
 
 
 def predict_lengths(logits_BL: Tensor, num_candidates: int) -> Tensor:
@@ -152,7 +163,15 @@ def lengths_around(lengths_B: Tensor, num_candidates: int, max_length: int) -> T
     return (lengths_B[:, None] + offsets_K).clamp(MIN_LENGTH, max_length)
 
 
-def _decode(model: Student, memory: Any, *, iterations: int, lengths_BK: Tensor, force_end: bool) -> Candidates:
+def _decode(
+    model: Student,
+    memory: Any,
+    *,
+    iterations: int,
+    lengths_BK: Tensor,
+    force_end: bool,
+    observe: Observe | None = None,
+) -> Candidates:
     require(
         iterations == 1 or model.refines,
         "iterations", iterations, f"1 for a {model.kind}",
@@ -173,6 +192,8 @@ def _decode(model: Student, memory: Any, *, iterations: int, lengths_BK: Tensor,
     _predict(model, model.share(memory, num_candidates), tokens_NT, values_NT, open_NT, forbidden)
     if force_end:  # only now: in training every slot of the first pass reads MASK, the last one too
         tokens_NT.scatter_(1, lengths_N[:, None] - 1, EOS)
+    if observe is not None:
+        observe(0, tokens_NT, values_NT, open_NT)
     for t in range(1, iterations):
         num_masked_N = (num_predicted_N * (iterations - t) // iterations).clamp_min(1)
         doubt_NT = values_NT.masked_fill(~open_NT, float("inf"))
@@ -192,6 +213,8 @@ def _decode(model: Student, memory: Any, *, iterations: int, lengths_BK: Tensor,
             shared = model.share(memory.select(live_B), num_candidates)
             _predict(model, shared, tokens_LT, values_LT, masked_NT[live_N], forbidden)
             tokens_NT[live_N], values_NT[live_N] = tokens_LT, values_LT
+        if observe is not None:
+            observe(t, tokens_NT, values_NT, masked_NT)
     shape = (num_sentences, num_candidates)
     return Candidates(tokens_NT.view(*shape, -1), values_NT.sum(1).view(shape), lengths_BK, num_predicted_N.view(shape))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -214,3 +215,26 @@ def test_nonsense_settings_are_named(student: CMLM, sources: Tensor) -> None:
 
 def test_no_sentences(student: CMLM) -> None:
     assert mask_predict(student, torch.zeros(0, 0, dtype=torch.long)) == []
+
+
+@pytest.mark.parametrize("iterations", [1, 4])
+def test_an_observer_sees_every_pass_and_changes_nothing(student: CMLM, sources: Tensor, iterations: int) -> None:
+    lengths = torch.tensor([[5, 9], [2, 3], [7, 6], [8, 10]])
+    passes: list[tuple[int, Tensor, Tensor, Tensor]] = []
+    found = mask_predict_candidates(
+        student,
+        sources,
+        iterations=iterations,
+        lengths_BK=lengths,
+        observe=lambda number, *tensors: passes.append((number, *(tensor.clone() for tensor in tensors))),
+    )
+    unseen = mask_predict_candidates(student, sources, iterations=iterations, lengths_BK=lengths)
+    assert torch.equal(found.tokens, unseen.tokens)
+    assert [number for number, *_ in passes] == list(range(iterations))
+    assert torch.equal(passes[-1][1].view_as(found.tokens), found.tokens)
+    assert torch.equal(passes[-1][2].sum(1).view_as(found.log_probabilities), found.log_probabilities)
+    assert torch.equal(passes[0][3].sum(1), lengths.flatten() - 1)  # every slot but the end symbol's
+    for (_, before, old, _), (_, after, new, masked) in pairwise(passes):
+        assert (masked.sum(1) >= 1).all()
+        assert torch.equal(before[~masked], after[~masked])
+        assert torch.equal(old[~masked], new[~masked])
