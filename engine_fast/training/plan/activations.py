@@ -80,12 +80,11 @@ def stack(
     decoder: bool,
     prefix: int = 0,
     table: int = 0,
-    copied_memory: bool = False,
 ) -> list[Block]:
     """Embedding, layers and final norm of an encoder or decoder.
 
     prefix: positions in front of every source (1 for a CMLM). table: parameters of the embedding that this stack's
-    backward completes. copied_memory: each decoder layer copies the encoder's states (a CMLM's are a slice).
+    backward completes.
     """
     a, width = numerics.bytes, architecture.width
     length = shape.target if decoder else shape.source + prefix
@@ -104,7 +103,7 @@ def stack(
     ]  # fmt: skip
     parts = [_attention(architecture, shape, numerics, tokens, length, length)]
     if decoder:
-        parts.append(_attention(architecture, shape, numerics, tokens, length, shape.source, copied=copied_memory))
+        parts.append(_attention(architecture, shape, numerics, tokens, length, shape.source, cross=True))
     parts.append(_feed_forward(architecture, numerics, tokens))
     parameters = 0 if numerics.frozen else sizes.decoder_layer if decoder else sizes.encoder_layer
     layers = architecture.decoder_layers if decoder else architecture.encoder_layers
@@ -133,9 +132,9 @@ def _attention(
     queries: int,
     keys: int,
     *,
-    copied: bool | None = None,
+    cross: bool = False,
 ) -> Block:
-    """Self-attention (copied None) or attention to the encoder.
+    """Self-attention, or (cross) attention to the encoder.
 
     Kept: the input of the projections and of the output map; q, k and v; the fused kernels' row statistics, or, where
     the plain products run (a CPU in half precision, or with dropout on the weights), q, k, v in float32 and the
@@ -145,11 +144,9 @@ def _attention(
     row, memory = tokens * width, shape.sentences * keys * width
     weights = shape.sentences * heads * queries * keys
     dropped = numerics.training and architecture.attention_dropout > 0
-    cross = copied is not None
     saved = row * a + _statistics(tokens, numerics) + row * _dropout(architecture.dropout, numerics)  # sum, norm
     if not numerics.frozen:
         saved += row * a  # what the norm (or the layer before) gives to the projections
-        saved += memory * a if copied else 0
     if numerics.device == "cpu" and (dropped or (a == 2 and numerics.graph)):
         key_value = 2 * memory if cross else 2 * row
         query = 0 if cross and numerics.frozen else row

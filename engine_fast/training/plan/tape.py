@@ -177,13 +177,16 @@ def _decoder(architecture: Architecture, sizes: Sizes, shape: Shape, numerics: N
 
 
 def _student(architecture: Architecture, sizes: Sizes, shape: Shape, numerics: Numerics) -> list[Block]:
-    """A CMLM's stacks: a length token in front of the source, lengths scored from its state."""
+    """A CMLM's stacks: a length token in front of the source, lengths scored from its state, the rest copied."""
     blocks = stack(architecture, sizes, shape, numerics, decoder=False, prefix=1, table=sizes.source_table)
-    states = shape.sentences * (shape.source + 1) * architecture.width * numerics.bytes
+    memory = shape.sentences * shape.source * architecture.width * numerics.bytes
+    states = memory + shape.sentences * architecture.width * numerics.bytes
     lengths = 4 * shape.sentences * architecture.max_positions
     table = sizes.target_table if sizes.head else 0
-    decoder = stack(architecture, sizes, shape, numerics, decoder=True, table=table, copied_memory=True)
-    length = Block("length", saved=states + lengths, parameters=sizes.length_table, forward=lengths, backward=states)
+    decoder = stack(architecture, sizes, shape, numerics, decoder=True, table=table)
+    length = Block(
+        "length", saved=states + memory + lengths, parameters=sizes.length_table, forward=lengths, backward=states
+    )
     return [*blocks, length, *decoder]
 
 
