@@ -81,7 +81,7 @@ def set_precision(model: AnyModel, precision: Precision) -> AnyModel:
     bf16: weights and activations bfloat16, products summed in float32. On a CPU whose bfloat16 oneDNN knows, linear
         layers are packed (PackedLinear).
     int8 (CPU only): linear layers with int8 weights and activations (Int8Linear), all else float32. On a CPU with
-        bfloat16 units it is no faster than bf16, which loses less; it is for those without.
+        bfloat16 units it is no faster than bf16 at the paper's size; it is for those without.
     The head stays a matrix, for fused operators read it: float32 or bfloat16.
 
     Raises: ConfigError for another precision, for int8 on another device, or where this torch lacks its kernels.
