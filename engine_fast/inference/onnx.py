@@ -1,7 +1,7 @@
 """A CMLM student as two ONNX programs, which onnxruntime runs without torch and without this project.
 
-Of the forms tried on the small Multi30k student (one thread, batch 1 / 32; benchmarks/NOTES.md) onnxruntime was the
-fastest, and it needs neither a compiler nor torch where it runs.
+Of the forms tried on the small Multi30k student (benchmarks/NOTES.md) onnxruntime and AOTInductor were the fastest for
+a sentence alone; onnxruntime needs neither a compiler nor torch where it runs.
 
 B sentences, K length candidates, S source positions, T target positions, V vocabulary, D width, L length classes.
 """
