@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from engine_fast.cli.translate import Device, Precision, plain_warnings
+from engine_fast.cli.translate import DecodingPrecision, Device, plain_warnings
 
 GPU_BATCH_TOKENS = 16384
 
@@ -20,7 +20,7 @@ def serve(
     cmlm: Annotated[Path | None, typer.Option(help="A second student to compare with.")] = None,
     host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    precision: Annotated[Precision, typer.Option(help="Of the models.")] = "fp32",
+    precision: Annotated[DecodingPrecision, typer.Option(help="Of the models; int8 on a CPU.")] = "fp32",
     device: Annotated[Device, typer.Option(help="auto = cuda where there is one.")] = "auto",
     batch_tokens: Annotated[
         int | None,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
+DecodingPrecision = Literal["fp32", "bf16", "int8"]
 SIGPIPE_EXIT = 141
 DEFAULT_WINDOW = 4096
 
@@ -46,7 +47,10 @@ def translate(
     remove_repeats: Annotated[
         bool, typer.Option("--remove-repeats", help="Leave out tokens equal to the one before.")
     ] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Source tokens, times the beam, per batch.")] = 8192,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Source tokens, times the beam, per batch. [8192; 3072 for a student on a CPU]"),
+    ] = None,
     window: Annotated[
         int | None,
         typer.Option(min=1, help="Lines read before the first is written, sorted together. [4096; 1 on a terminal]"),
@@ -67,7 +71,7 @@ def translate(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of each process. [its share of the CPUs]")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the lines, on CPUs.")] = 1,
-    precision: Annotated[Literal["fp32", "bf16", "int8"], typer.Option(help="Of the models; int8 on a CPU.")] = "fp32",
+    precision: Annotated[DecodingPrecision, typer.Option(help="Of the models; int8 on a CPU.")] = "fp32",
     device: Annotated[Device, typer.Option(help="auto = cuda where there is one.")] = "auto",
 ) -> None:
     """Translate lines from standard input to standard output, in order; an empty line stays empty.
@@ -86,12 +90,14 @@ def translate(
     if target is not None and oracle_lengths is not None:
         raise ConfigError("--oracle-lengths goes line by line with standard output. Leave --output out.")
     waits = source is None and sys.stdin.isatty()
-    given = {"iterations": iterations, "length_beam": length_beam, "beam": beam, "length_penalty": length_penalty}
+    given = {
+        "iterations": iterations, "length_beam": length_beam, "beam": beam, "length_penalty": length_penalty,
+        "max_tokens": max_tokens,
+    }  # fmt: skip
     settings: dict[str, Any] = {
         "precision": precision,
         "n_best": n_best,
         "remove_repeats": remove_repeats,
-        "max_tokens": max_tokens,
         "window": window or (1 if waits else DEFAULT_WINDOW),
         "too_long": too_long,
         **{name: value for name, value in given.items() if value is not None},

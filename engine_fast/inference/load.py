@@ -20,6 +20,8 @@ from engine_fast.models import LoadedModel, Network, Precision, Student, Teacher
 
 LENGTH_BEAM = 3
 """Length candidates of a student whose card names none."""
+CPU_TOKENS = 3072
+"""max_tokens of a student on a CPU: larger batches take more memory, and are hardly faster (benchmarks/NOTES.md)."""
 _ONLY_STUDENT = ("iterations", "length_beam")
 _ONLY_TEACHER = ("beam", "length_penalty")
 
@@ -39,7 +41,7 @@ def load(
         device: auto (a GPU where there is one), cpu, cuda, cuda:N. precision: fp32, bf16, or on a CPU int8, of model
         and teacher (see set_precision).
         settings: fields of DecodeSettings. Left out: length_beam is the model card's, else 3; a beam holds n_best;
-        max_positions is at most the model's and the teacher's.
+        max_tokens is CPU_TOKENS for a student on a CPU; max_positions is at most the model's and the teacher's.
     Warns of what has no effect on this kind of model. No gradients: the weights are frozen.
     Raises CheckpointError for a directory that is missing, damaged or of another kind, VocabularyError for a teacher
     with another vocabulary, ConfigError for a setting, a device or a precision that does not exist.
@@ -64,6 +66,8 @@ def load(
     n_best, length_beam = settings.get("n_best", 1), loaded.card.get("length_beam", LENGTH_BEAM)
     require(isinstance(length_beam, int), f"{path}: card.length_beam", length_beam, "a number of candidates")
     advised = {"beam": max(DecodeSettings().beam, n_best), "length_beam": max(length_beam, n_best)}
+    if where.type == "cpu" and isinstance(loaded.model, Student):
+        advised["max_tokens"] = CPU_TOKENS
     return Translator(loaded, DecodeSettings(**advised | settings | {"max_positions": min(positions)}), rescore)
 
 

@@ -7,14 +7,16 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from engine_fast import __version__
 from engine_fast.config import AnyArchitecture, Architecture, LSTMArchitecture, TaggerArchitecture
@@ -157,15 +159,15 @@ def load_model(
         architecture = read_architecture(config["kind"], config["architecture"])
     except ValidationError as error:
         raise CheckpointError(f"{directory}/config.json: the architecture cannot be used ({error}).") from error
-    model = KINDS[config["kind"]](architecture, len(vocabularies[0]), len(vocabularies[1]))
+    with _WithoutRandomFill():
+        model = KINDS[config["kind"]](architecture, len(vocabularies[0]), len(vocabularies[1]))
     weights = directory / WEIGHTS
     try:
         if _sha256(weights) != config["weights"]["sha256"]:
             raise CheckpointError(f"{weights}: its bytes have changed since it was written. Export the model again.")
-        state = load_file(weights)
+        load_unique_state(model, _TensorFile(weights), str(weights))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{weights}: missing or damaged ({error}). Export or train the model again.") from error
-    load_unique_state(model, state, str(weights))
     model.to(device=device, dtype=dtype).eval()
     card = config.get("card", {})
     if isinstance(model, Teacher):
@@ -227,22 +229,53 @@ def unique_state(model: Network) -> dict[str, torch.Tensor]:
     return state
 
 
-def load_unique_state(model: Network, state: dict[str, torch.Tensor], origin: str) -> None:
+class _TensorFile(Mapping[str, torch.Tensor]):
+    """A safetensors file, mapped anew for each tensor: what was read stays resident for as long as it is mapped, and
+    the weights would be in memory twice."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, "pt") as file:
+            self._names = tuple(file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self._path, "pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _WithoutRandomFill(TorchFunctionMode):
+    """Networks made in here get no random weights, for a file's will be copied over them: memory that nobody writes to
+    is not resident yet, and drawing numbers takes longer than reading a file."""
+
+    _SKIPPED = ("normal_", "uniform_", "kaiming_uniform_", "trunc_normal_")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in self._SKIPPED:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def load_unique_state(model: Network, state: Mapping[str, torch.Tensor], origin: str) -> None:
     """Copy a unique_state into the model. Raises CheckpointError that names the first tensor that does not fit."""
     expected = unique_state(model)
-    for name in sorted(expected.keys() | state.keys()):
-        if name not in state or name not in expected:
-            where = "is missing" if name not in state else "is not part of this architecture"
-            raise CheckpointError(
-                f"{origin}: tensor {name} {where}. The file belongs to another architecture or version."
-            )
-        if state[name].shape != expected[name].shape:
-            raise CheckpointError(
-                f"{origin}: tensor {name} has shape {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}."
-            )
+    for name in sorted(expected.keys() ^ set(state)):
+        where = "is missing" if name in expected else "is not part of this architecture"
+        raise CheckpointError(f"{origin}: tensor {name} {where}. The file belongs to another architecture or version.")
     with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(state[name])
+        for name, tensor in sorted(expected.items()):
+            given = state[name]
+            if given.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{origin}: tensor {name} has shape {tuple(given.shape)}, expected {tuple(tensor.shape)}."
+                )
+            tensor.copy_(given)
 
 
 def copy_matching(model: Network, donor: Network) -> tuple[int, int]:

@@ -6,11 +6,13 @@ import shutil
 import pytest
 import torch
 
-from engine_fast.config import Architecture
+from engine_fast.config import Architecture, LSTMArchitecture, TaggerArchitecture
 from engine_fast.data.vocabulary import DictionaryVocabulary
 from engine_fast.errors import CheckpointError, VocabularyError
 from engine_fast.models import CMLM, Transformer, load_model, save_model
+from engine_fast.models.lstm import Seq2Seq
 from engine_fast.models.store import copy_matching, fingerprint
+from engine_fast.models.tagger import Tagger
 
 SMALL = {"width": 16, "ffn_width": 24, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "max_positions": 12}
 
@@ -53,6 +55,28 @@ def test_a_joint_vocabulary_is_stored_and_loaded_once(saved):
     assert loaded.model.output.weight is loaded.model.encoder.embedding.weight
     assert loaded.card == {"bleu": 12.5}
     assert torch.equal(loaded.model.output.weight, model.output.weight)
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [
+        (Transformer, Architecture(**SMALL)),
+        (CMLM, Architecture(**SMALL)),
+        (CMLM, Architecture(**SMALL, positions="learned", init="normal")),
+        (Seq2Seq, LSTMArchitecture(encoder_width=4, decoder_width=6, embedding_width=5, max_positions=12)),
+        (Tagger, TaggerArchitecture(width=6, embedding_width=5, max_positions=12)),
+    ],
+    ids=["transformer", "cmlm", "learned", "lstm", "tagger"],
+)
+def test_loading_draws_no_random_numbers(tmp_path, kind, architecture):
+    words = vocabulary(tmp_path, ["a", "b"])
+    model = kind(architecture, len(words), len(words))
+    save_model(tmp_path / "model", model, words, words)
+    before = torch.get_rng_state()
+    loaded = load_model(tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], tensor), name
 
 
 def test_others_may_read_the_directory(saved):
