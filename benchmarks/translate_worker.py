@@ -32,7 +32,7 @@ _WITHIN_CAP = 0.5
 
 
 def ours(job: dict[str, Any]) -> Translate:
-    """engine_fast.load: a student or a teacher, batches as it makes them unless told otherwise."""
+    """engine_fast.load: a student or a teacher."""
     import torch
 
     import engine_fast
@@ -49,7 +49,7 @@ def onnx(job: dict[str, Any]) -> Translate:
     """The script that an export ships."""
     sys.path.insert(0, job["model"])
     student = importlib.import_module("translate").Student(job["model"], threads=job["threads"])
-    return lambda lines: list(student.translate(lines, batch=len(lines), **job["options"]))
+    return lambda lines: list(student.translate(lines, **job["options"]))
 
 
 def ctranslate2(job: dict[str, Any]) -> Translate:

@@ -49,7 +49,7 @@ def translate(
     ] = False,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Source tokens, times the beam, per batch. [8192; 3072 for a student on a CPU]"),
+        typer.Option(min=1, help="Source tokens, times the beam, per batch. [8192; 2048 for a student on a CPU]"),
     ] = None,
     window: Annotated[
         int | None,
