@@ -67,7 +67,7 @@ def write(content: Mapping[str, Any], folder: Path) -> None:
 def draw(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Two panels that share BLEU. A family is one system at several precisions: joined by a line, named once, the
     marker tells the precision. Better is up and left in the first panel, up and right in the second."""
-    figure = Figure(figsize=(12.5, 6.2), layout="constrained")
+    figure = Figure(figsize=(12.5, 7.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     latency = {name: (row["latency_ms"]["p50"], row["bleu"]) for name, row in rows.items() if "latency_ms" in row}
@@ -116,7 +116,7 @@ def _label(axis: Axes, points: Mapping[str, tuple[float, float]]) -> None:
     for family, names in sorted(families(points).items(), key=lambda item: -max(points[name][1] for name in item[1])):
         ends = sorted(points[name] for name in names)
         middle = ((ends[0][0] * ends[-1][0]) ** 0.5, sum(y for _, y in ends) / len(ends))
-        options = [(dx, dy) for dy in (11, -11, 24, -24, 37, -37, 50, -50) for dx in (0, 30, -30, 60, -60)]
+        options = [(dx, dy) for dy in (11, -11, 24, -24, 37, -37, 50, -50) for dx in (0, 30, -30, 60, -60, 90, -90)]
         best: tuple[int, Annotation, Bbox] | None = None
         for offset in sorted(options, key=lambda each: abs(each[0]) / 2 + abs(each[1])):
             text = axis.annotate(
