@@ -19,7 +19,7 @@ from engine_fast.inference.card import FORMS, find_evaluation, model_card
 from engine_fast.inference.ctranslate2 import export_ctranslate2
 from engine_fast.inference.onnx import export_onnx
 from engine_fast.models import LoadedModel, Student, Teacher, load_model, save_model
-from engine_fast.models.store import KINDS, is_model_directory, read_architecture
+from engine_fast.models.store import KINDS, is_model_directory, read_architecture, stage_model
 from engine_fast.training.run_directory import VOCABULARY, read_record
 
 _TRIES = 5
@@ -36,6 +36,7 @@ def export(
 ) -> str:
     """Write `to` from a stage's directory or a model directory; returns what the weights were taken from.
 
+    source: a stage that took over its teacher (teacher.pretrained) has a model and no checkpoints.
     checkpoint (stages only): "best", the default, "latest" (the newest whole one; `say` hears of damaged ones), or a
     name such as "update-00000500", or "update-500". Checksums are compared before.
     form: one of FORMS; quantization: what that form stores weights as. README.md holds the scores of a run that
@@ -47,13 +48,13 @@ def export(
         require(quantization == "float32", "--quantization", quantization, "float32", "load() has a precision for it.")
         if to.exists() and not is_model_directory(to) and (not to.is_dir() or any(to.iterdir())):
             raise ConfigError(f"--to {to}: exists, and is no model directory. Choose another directory.")
-    if not read_record(source) and is_model_directory(source):
+    model = stage_model(source)
+    if not read_record(source) and is_model_directory(model):
         if checkpoint is not None:
-            raise ConfigError(f"--checkpoint {checkpoint}: {source} is a model, not a stage. Leave it out.")
-        loaded, name, model = load_model(source), str(source), source
+            raise ConfigError(f"--checkpoint {checkpoint}: {source} has a model, and no checkpoints. Leave it out.")
+        loaded, name = load_model(model), str(model)
     else:
         loaded, name = _from_checkpoint(source, checkpoint or "best", say)
-        model = source / "model"
     evaluation = find_evaluation(model, loaded)
     readme = model_card(loaded, form=form, evaluation=evaluation, quantization=quantization)
     if form == "ctranslate2":

@@ -105,7 +105,7 @@ def test_the_program_of_a_model_directory_runs(run, monkeypatch, capsys):
 def test_the_command_names_what_it_cannot_do(run):
     with pytest.raises(ConfigError, match=r"--format = 'pickle', expected one of safetensors, ctranslate2, onnx"):
         export_of(run, form="pickle")
-    with pytest.raises(ConfigError, match=r"--checkpoint latest: .* is a model, not a stage"):
+    with pytest.raises(ConfigError, match=r"--checkpoint latest: .* has a model, and no checkpoints"):
         export_of(run, checkpoint="latest")
     with pytest.raises(ConfigError, match="--quantization = 'int8', expected float32"):
         export_of(run, quantization="int8")

@@ -73,6 +73,17 @@ def test_a_stage_and_its_model_are_exported_for_others(stage, plain_teacher, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "model"]
 
 
+def test_a_stage_that_took_over_its_model_is_exported(plain_teacher, tmp_path):
+    (tmp_path / "teacher").mkdir()
+    shutil.copytree(plain_teacher / "model", tmp_path / "teacher" / "model")
+    result = run(tmp_path / "teacher", "--to", tmp_path / "model")
+    assert result.exit_code == 0, result.stderr
+    assert str(tmp_path / "teacher" / "model") in result.stdout
+    assert weights_of(tmp_path) == weights_of(plain_teacher)
+    refused = run(tmp_path / "teacher", "--to", tmp_path / "other", "--checkpoint", "latest")
+    assert refused.exit_code and "has a model, and no checkpoints" in refused.stderr.replace("\n", " ")
+
+
 def test_an_unfinished_stage_is_exported_too(teach, monkeypatch, tmp_path):
     stop_at(monkeypatch, 2)
     with pytest.raises(Interrupted):
