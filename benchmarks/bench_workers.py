@@ -2,12 +2,14 @@
 
     python -m benchmarks.bench_workers --model DIR --text FILE [--lines 4000] [--processes 2] [--rounds 5]
 
-CPU seconds tell on a busy machine what the clock cannot: threads that wait for each other spin.
+CPU seconds tell on a busy machine what the clock cannot: threads that wait for each other spin. Writes
+benchmarks/results/workers.json; judges nothing, for what is better depends on the model and on the cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import time
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import harness
 from engine_fast.data.text import iter_lines
 from engine_fast.inference.load import load
 from engine_fast.inference.workers import Workers
@@ -54,9 +57,17 @@ def main() -> None:
                     count = sum(1 for _ in one.stream(lines))
                 assert count == len(lines)
                 found.setdefault(name, []).append((time.perf_counter() - clock, cpu_seconds(pids) - cpu))
-    for name, rows in found.items():
-        wall, cpu = (statistics.median(column) for column in zip(*rows, strict=True))
-        print(f"{name:>12}: {len(lines) / wall:7.1f} lines/s, {len(lines) / cpu:7.1f} lines per CPU second")
+    rows = {}
+    for name, measured in found.items():
+        wall, cpu = ([len(lines) / seconds for seconds in column] for column in zip(*measured, strict=True))
+        middle = statistics.median(wall)
+        rows[name] = {
+            "lines_per_second": middle,
+            "spread": (max(wall) - min(wall)) / middle,
+            "lines_per_cpu_second": statistics.median(cpu),
+        }
+    print(json.dumps(rows, indent=2))
+    print(harness.write_results("workers", {"lines": len(lines), "rounds": args.rounds, "rows": rows}))
 
 
 if __name__ == "__main__":

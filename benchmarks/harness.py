@@ -171,7 +171,7 @@ def judge(figures: Mapping[str, float], limits: Mapping[str, Mapping[str, float]
 
 def write_results(name: str, content: Mapping[str, Any], *, device: str = "cpu") -> Path:
     """benchmarks/results/NAME.json with machine and command in front; results/gpu/NAME.json of a run on "cuda"."""
-    command = " ".join(["python", "-m", f"benchmarks.bench_{name}", *sys.argv[1:]])
+    command = " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     folder = RESULTS / "gpu" if device == "cuda" else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
