@@ -80,7 +80,7 @@ def only_one(directory: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"{directory}: another engine-fast works here. Wait for it, or choose another --out."
+                f"{directory}: another engine-fast works here. Wait for it, or choose another place for the output."
             ) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -147,7 +147,12 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path, mode: str) -> Iterator[Any]:
-    """A file that takes its name only when it is whole and on disk. Text is UTF-8. Raises DataError as writing()."""
+    """A file that takes its name only when it is whole and on disk. Text is UTF-8.
+
+    A link stays, and what it points to is replaced. Raises DataError as writing(), and as require_replaceable().
+    """
+    require_replaceable(path)
+    path = path.resolve() if path.is_symlink() else path
     fresh = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")  # ranks may sit on several hosts
     try:
         with writing(path), open(fresh, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -157,6 +162,12 @@ def replacing(path: Path, mode: str) -> Iterator[Any]:
             os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def require_replaceable(path: Path) -> None:
+    """Raises DataError for what no file should take the place of: a directory, a device, a pipe, and links to them."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is no regular file, so none is put in its place. Choose another name.")
 
 
 def sync_directory(directory: Path) -> None:

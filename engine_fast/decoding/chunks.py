@@ -84,7 +84,9 @@ class Chunks:
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} sentences/s" if task.speed else "", style="cyan")
+        # Since the start: sentences come many at a time, and the bar's own speed is that between two of them.
+        done = task.completed - task.fields["done"]
+        return Text(f"{done / task.elapsed:.1f} sentences/s" if done and task.elapsed else "", style="cyan")
 
 
 @contextmanager
@@ -92,7 +94,7 @@ def progress(what: str, total: int, done: int, shown: bool) -> Iterator[Callable
     """A bar on standard error; the function that is yielded advances it, and is a beat."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task(what, total=total, completed=done)
+        task = bar.add_task(what, total=total, completed=done, done=done)
 
         def advance(count: int) -> None:
             beat(f"{what}: translating")

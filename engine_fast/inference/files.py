@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from engine_fast import __version__
-from engine_fast.data.atomic import only_one, replacing, sha256_of
+from engine_fast.data.atomic import only_one, replacing, require_replaceable, sha256_of
 from engine_fast.data.text import DecodingErrors, decode_lines, open_binary, raw_lines
 from engine_fast.decoding import TranslateReport
 from engine_fast.decoding.chunks import Chunks, progress
@@ -157,14 +157,40 @@ def _read_report(target: Path, key: str) -> TranslateReport | None:
         return None
 
 
+def _require_free(target: Path) -> None:
+    if target.suffix in (".gz", ".xz"):
+        raise ConfigError(
+            f"--output {target}: it would hold plain text. Leave out {target.suffix}, and compress after."
+        )
+    require_replaceable(target)
+    report = _report_path(target)
+    require_replaceable(report)
+    if report.exists() and not is_report(report):
+        raise ConfigError(
+            f"--output {target}: its report would take the place of {report}, which is none. Choose another name."
+        )
+
+
+def is_report(path: Path) -> bool:
+    """Whether translate_file wrote it."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(tree, dict) and {"key", "report", "part_lines"} <= tree.keys()
+
+
 def require_files(source: Path | None, target: Path | None, world_size: int) -> None:
-    """Raises ConfigError for an output without an input, for one that is the other, for ranks without an output."""
+    """Raises ConfigError for an output without an input, one that is the other or whose report would take the place of
+    somebody's file, for ranks without an output; DataError for an output that is no file."""
     if target is not None and (source is None or not source.is_file()):
         raise ConfigError(
             f"--output {target} goes with --input FILE, and that is {source}: it is read again after a kill."
         )
     if target is not None and source is not None and target.exists() and target.samefile(source):
         raise ConfigError(f"--output {target}: is the --input. Choose another file.")
+    if target is not None:
+        _require_free(target)
     if target is None and world_size > 1:
         raise ConfigError(
             f"{world_size} ranks cannot share standard output. Give --input FILE and --output FILE, or start one."

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine_fast.data.atomic import is_held, new_directory, only_one
+from engine_fast.data.atomic import is_held, new_directory, only_one, replacing
 from engine_fast.errors import DataError
 
 
@@ -55,6 +55,22 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
         pass
     with pytest.raises(DataError, match="cannot be written"), new_directory(tmp_path / "file" / "x", marker="done"):
         pass
+
+
+def test_only_a_file_gives_its_place_to_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link", "."):
+        with pytest.raises(DataError, match="is no regular file"), replacing(tmp_path / name, "w") as file:
+            file.write("x")
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "alias").symlink_to("file")
+    with replacing(tmp_path / "alias", "w") as file:
+        file.write("new")
+    assert (tmp_path / "alias").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alias", "file", "link", "pipe"]
 
 
 def test_a_lock_is_seen_while_its_holder_lives(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,3 +177,34 @@ def test_files_that_do_not_go_together_are_refused(source: Path, tmp_path: Path)
     ):
         with pytest.raises(ConfigError, match=message):
             require_files(*given)
+
+
+def test_an_output_takes_the_place_of_nobody_elses_file(source: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "folder", "link", "."):
+        with pytest.raises(DataError, match="is no regular file"):
+            require_files(source, tmp_path / name if name != "." else Path(), 1)
+    report = tmp_path / "res.json"
+    report.write_text('{"systems": []}')
+    with pytest.raises(ConfigError, match=r"report would take the place of .*res.json"):
+        require_files(source, tmp_path / "res", 1)
+    with pytest.raises(ConfigError, match=r"report would take the place of .*res.json"):
+        require_files(report, tmp_path / "res", 1)
+    with pytest.raises(ConfigError, match=r"would hold plain text. Leave out .gz"):
+        require_files(source, tmp_path / "out.gz", 1)
+    assert report.read_text() == '{"systems": []}'
+
+
+@pytest.mark.filterwarnings("ignore:of .* lines")
+def test_an_older_result_may_be_replaced(translator: Translator, source: Path, tmp_path: Path) -> None:
+    run(translator, source, tmp_path / "real")
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    require_files(source, tmp_path / "out", 1)
+    require_files(source, tmp_path / "real", 1)
+    before = (tmp_path / "real").read_text()
+    (tmp_path / "real").write_text("old\n")
+    run(translator, source, tmp_path / "out", job={"model": "b"})
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "real").read_text() == before
