@@ -61,7 +61,7 @@ def model_card(
     name = card.get("stage") or card.get("imported_from") or model.kind
     parts = [f"# {name}", _summary(loaded, evaluation, form, quantization)]
     if evaluation is not None:
-        parts += ["## Scores", _scores(evaluation)]
+        parts += ["## Scores", _scores(evaluation, form, quantization)]
     parts += ["## How to use it", _usage(loaded, form)]
     settings = {"architecture": model.architecture.model_dump(mode="json")}
     trained = {key: value for key, value in card.get("settings", {}).items() if key != "architecture"}
@@ -104,22 +104,24 @@ def _data(results: dict[str, Any]) -> str:
     return f"- Data: {corpus['corpus'] or results['name']}, {languages}; sentence pairs: {sizes}"
 
 
-def _scores(evaluation: Evaluation) -> str:
+def _scores(evaluation: Evaluation, form: str, quantization: str) -> str:
     results = evaluation.results
+    rows = [row for row in evaluation.rows if form != "onnx" or not row["rerank"]]
+    stored = f", before its weights were stored as {quantization}" if quantization != "float32" else ""
     lines = [
-        f"On the {results['split']} split, {results['references']['sentences']} sentences. Energy: nats a sentence "
-        "under the run's teacher.",
+        f"On the {results['split']} split, {results['references']['sentences']} sentences, translated by engine_fast"
+        f"{stored}. Energy: nats a sentence under the run's teacher.",
         "",
         "| system | passes | beam | BLEU | chrF | energy |",
         "|---|---|---|---|---|---|",
     ]
-    for row in evaluation.rows:
+    for row in rows:
         beam = row["beam"] if row["length_beam"] is None else row["length_beam"]
         passes = "" if row["iterations"] is None else row["iterations"]
         figures = f"{row['bleu']:.2f} | {row['chrf']:.1f} | {row['energy']:.2f}"
         lines.append(f"| {row['system']} | {passes} | {beam} | {figures} |")
     lines += ["", *(f"- {metric} signature: `{text}`" for metric, text in results["signature"].items())]
-    if any(row["rerank"] for row in evaluation.rows):
+    if any(row["rerank"] for row in rows):
         lines.append("- rerank: the teacher chose among the lengths")
     return "\n".join(lines)
 

@@ -11,11 +11,12 @@ B sentences, K length candidates, S source positions, T target positions, L leng
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,22 @@ def read_vocabulary(path: Path) -> Any:
 
 
 def normalise(text: str) -> str:
-    """Unicode NFC, every run of white space one space, none at either end."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    """Unicode NFC, control characters as spaces, every run of white space one space, none at either end."""
+    spaced = "".join(" " if unicodedata.category(letter) == "Cc" else letter for letter in text)
+    return " ".join(unicodedata.normalize("NFC", spaced).split())
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}, expected 1 or more")
+    return number
+
+
+def without_mark(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines, without a byte order mark in front of the first."""
+    for number, line in enumerate(lines):
+        yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
 
 
 def windows(lines: Iterator[str], size: int) -> Iterator[list[str]]:
@@ -153,13 +168,18 @@ def windows(lines: Iterator[str], size: int) -> Iterator[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, default=Path(__file__).parent, help="the exported directory")
-    parser.add_argument("--length-beam", type=int, help="lengths tried per sentence")
-    parser.add_argument("--iterations", type=int, default=1, help="mask-predict passes")
-    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
-    parser.add_argument("--batch", type=int, default=32, help="sentences at once")
+    parser.add_argument("--length-beam", type=positive, help="lengths tried per sentence")
+    parser.add_argument("--iterations", type=positive, default=1, help="mask-predict passes")
+    parser.add_argument("--threads", type=positive, help="default: as many as there are cores")
+    parser.add_argument("--batch", type=positive, default=32, help="sentences at once")
     options = parser.parse_args()
-    student = Student(options.model, threads=options.threads)
-    lines = (line.decode("utf-8", errors="replace").rstrip("\n") for line in sys.stdin.buffer)
+    missing = [name for name in ("export.json", "encode.onnx", "decode.onnx") if not (options.model / name).is_file()]
+    if missing:
+        parser.error(f"--model {options.model}: {', '.join(missing)} not there, expected an exported directory")
+    student = Student(options.model, threads=options.threads or 0)
+    if options.iterations > 1 and not student.description["refines"]:
+        parser.error("--iterations: this model's words do not read each other, so take 1")
+    lines = (line.decode("utf-8", errors="replace").rstrip("\n") for line in without_mark(sys.stdin.buffer))
     for window in windows(lines, 1024):
         for line in student.translate(
             window, length_beam=options.length_beam, iterations=options.iterations, batch=options.batch

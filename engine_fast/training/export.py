@@ -44,6 +44,10 @@ def export(
     Raises CheckpointError, VocabularyError, ConfigError, DataError.
     """
     require(form in FORMS, "--format", form, f"one of {', '.join(FORMS)}")
+    place = to.resolve()
+    of_stage = place.name == "model" and ((place.parent / "stage.json").is_file() or bool(read_record(place.parent)))
+    if of_stage or place == source.resolve():
+        raise ConfigError(f"--to {to}: is a stage's own model, or what is exported. Choose another directory.")
     if form == "safetensors":
         require(quantization == "float32", "--quantization", quantization, "float32", "load() has a precision for it.")
         if to.exists() and not is_model_directory(to) and (not to.is_dir() or any(to.iterdir())):

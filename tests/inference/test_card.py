@@ -73,6 +73,18 @@ def test_scores_settings_and_data_come_from_the_files(run):
     assert "| 31.00 |" in export_of(run) or "| 31.01 |" in export_of(run)
 
 
+def test_scores_say_what_translated(run):
+    loaded = load_model(run / "engine" / "model")
+    change(run / "results.json", lambda tree: tree["systems"].append(ROW | {"system": "engine-rerank", "rerank": True}))
+    evaluation = find_evaluation(run / "engine" / "model", loaded)
+    ours = model_card(loaded, form="safetensors", evaluation=evaluation)
+    assert "translated by engine_fast. Energy" in ours
+    assert "| engine-rerank |" in ours
+    small = model_card(loaded, form="onnx", evaluation=evaluation, quantization="int8")
+    assert "translated by engine_fast, before its weights were stored as int8." in small
+    assert "rerank" not in small  # which the script cannot do
+
+
 def test_scores_of_other_weights_are_not_shown(run):
     model = run / "engine" / "model"
     loaded = load_model(model)
@@ -107,6 +119,9 @@ def test_the_command_names_what_it_cannot_do(run):
         export_of(run, form="pickle")
     with pytest.raises(ConfigError, match=r"--checkpoint latest: .* has a model, and no checkpoints"):
         export_of(run, checkpoint="latest")
+    for to in (run / "engine" / "model", run / "engine" / "other" / ".." / "model"):
+        with pytest.raises(ConfigError, match="is a stage's own model, or what is exported"):
+            export(run / "engine" / "model", to, say=print)
     with pytest.raises(ConfigError, match="--quantization = 'int8', expected float32"):
         export_of(run, quantization="int8")
 

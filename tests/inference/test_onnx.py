@@ -95,6 +95,30 @@ def test_the_script_translates_standard_input(model, exported):
     )
 
 
+def test_the_script_reads_text_as_engine_fast_does(model, exported):
+    lines = ["ka\0lo", "lo\x1bka \x9b ka", "\x85ka\tlo"]
+    found = alone([str(exported / "translate.py")], "\ufeff" + "".join(line + "\n" for line in lines))
+    with pytest.warns(UserWarning, match="control characters"):
+        assert found.split("\n")[:-1] == Translator(model, DecodeSettings(length_beam=2)).translate(lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch", "0"], "0, expected 1 or more"),
+        (["--threads", "-1"], "-1, expected 1 or more"),
+        (["--length-beam", "0"], "0, expected 1 or more"),
+        (["--model", "nowhere"], "nowhere: export.json, encode.onnx, decode.onnx not there"),
+    ],
+)
+def test_the_script_names_what_it_cannot_do(exported, options, message):
+    command = [sys.executable, "-I", str(exported / "translate.py"), *options]
+    done = subprocess.run(command, input="", capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_same_ids_in_batches_of_any_shape(model, exported, monkeypatch):
     runner = standalone.Student(exported, threads=1)
     rows = [[*ids, EOS] for ids in vocabulary().encode_batch(sentences(6, seed=7))]

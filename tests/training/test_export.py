@@ -81,7 +81,8 @@ def test_a_stage_that_took_over_its_model_is_exported(plain_teacher, tmp_path):
     assert str(tmp_path / "teacher" / "model") in result.stdout
     assert weights_of(tmp_path) == weights_of(plain_teacher)
     refused = run(tmp_path / "teacher", "--to", tmp_path / "other", "--checkpoint", "latest")
-    assert refused.exit_code and "has a model, and no checkpoints" in refused.stderr.replace("\n", " ")
+    assert refused.exit_code == 2
+    assert "has a model, and no checkpoints" in refused.stderr.replace("\n", " ")
 
 
 def test_an_unfinished_stage_is_exported_too(teach, monkeypatch, tmp_path):
