@@ -59,12 +59,12 @@ def main() -> None:
                 found.setdefault(name, []).append((time.perf_counter() - clock, cpu_seconds(pids) - cpu))
     rows = {}
     for name, measured in found.items():
-        wall, cpu = ([len(lines) / seconds for seconds in column] for column in zip(*measured, strict=True))
-        middle = statistics.median(wall)
+        speeds, per_cpu = ([len(lines) / seconds for seconds in column] for column in zip(*measured, strict=True))
+        middle = statistics.median(speeds)
         rows[name] = {
             "lines_per_second": middle,
-            "spread": (max(wall) - min(wall)) / middle,
-            "lines_per_cpu_second": statistics.median(cpu),
+            "spread": (max(speeds) - min(speeds)) / middle,
+            "lines_per_cpu_second": statistics.median(per_cpu),
         }
     print(json.dumps(rows, indent=2))
     print(harness.write_results("workers", {"lines": len(lines), "rounds": args.rounds, "rows": rows}))

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from numbers import Integral, Real
 from typing import get_args
 
 import torch
@@ -26,6 +27,14 @@ Translation = tuple[str, Hypothesis]
 
 WINDOW_CHARACTERS = 1 << 24
 """A window ends here, whatever its number of lines, so that lines of a million characters do not fill the memory."""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +67,16 @@ class DecodeSettings:
 
     def __post_init__(self) -> None:
         for key in ("beam", "iterations", "length_beam", "n_best", "max_tokens", "window"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        require(self.length_penalty >= 0, "length_penalty", self.length_penalty, "0 or more")
+            value = getattr(self, key)
+            require(_is_count(value) and value >= 1, key, value, "a whole number, at least 1")
+        penalty, most = self.length_penalty, self.max_length
+        require(_is_number(penalty) and penalty >= 0, "length_penalty", penalty, "a number, 0 or more")
+        pair = isinstance(most, tuple) and len(most) == 2 and all(map(_is_number, most))
+        require(pair, "max_length", most, "a pair of numbers (a, b)")
         require(self.too_long in get_args(TooLong), "too_long", self.too_long, "truncate, split or refuse")
         positions = self.max_positions
-        require(positions is None or positions >= 2, "max_positions", positions, "at least 2 (a word and the end)")
+        fits = positions is None or (_is_count(positions) and positions >= 2)
+        require(fits, "max_positions", positions, "a whole number, at least 2 (a word and the end)")
 
 
 @dataclass(slots=True)
@@ -96,8 +110,6 @@ class Translator:
 
     def translate(self, sentences: Sequence[str]) -> list[str]:
         """The translation of each sentence, in order. An empty one stays empty. Raises DataError as stream()."""
-        if isinstance(sentences, str):
-            raise DataError(f"translate got one string, {sentences[:40]!r}, expected a list of them. Put it in [ ].")
         return list(self.stream(sentences))
 
     def stream(
@@ -109,8 +121,10 @@ class Translator:
         one line, of what was unusual; self.report has the counts.
         lengths: known target length of every line in tokens, end symbol included (students only).
         first_line: number of the first line, where errors and warnings name one.
-        Raises DataError for a line too long (too_long = refuse), or for fewer lengths than lines.
+        Raises DataError for a line too long (too_long = refuse), for fewer lengths than lines, for what is no text.
         """
+        if isinstance(lines, str):
+            raise DataError(f"one string, {lines[:40]!r}, was given, expected a list of them. Put it in [ ].")
         for translations in self.translate_n_best(lines, lengths=lengths, first_line=first_line):
             yield translations[0][0]
 
@@ -143,6 +157,8 @@ class Translator:
         if lengths is not None and len(lengths) < len(window):
             done = first_line - 1 + len(lengths)
             raise DataError(f"target lengths end after line {done}, the input goes on. Give one length per line.")
+        if lengths is not None and min(lengths[: len(window)], default=1) < 1:
+            raise DataError(f"a target length of {min(lengths)}, expected 1 or more: the end symbol counts.")
         report = TranslateReport()
         enough = self.max_positions if self.settings.too_long == "truncate" else 0
         rows = encode_lines(window, self.loaded.source_vocabulary, enough, report)
@@ -242,10 +258,12 @@ class Translator:
 
 
 def windows(lines: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Consecutive lists of `size` lines, or of fewer where these hold very many characters."""
+    """Consecutive lists of `size` lines, or of fewer where these hold very many characters. Raises DataError."""
     window: list[str] = []
     held = 0
-    for line in lines:
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, str):
+            raise DataError(f"line {number}: a {type(line).__name__}, expected text (str). Decode or convert it first.")
         window.append(line)
         held += len(line)
         if len(window) == size or held >= WINDOW_CHARACTERS:

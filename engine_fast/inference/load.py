@@ -48,8 +48,8 @@ def load(
     """
     known = [field.name for field in fields(DecodeSettings)]
     for name in settings:
-        near = get_close_matches(name, known, 1)
-        require(name in known, "setting", name, f"one of {', '.join(known)}", f"Did you mean {near[0]!r}?" * bool(near))
+        near = [f"Did you mean {each!r}?" for each in get_close_matches(name, known, 1)]
+        require(name in known, "setting", name, f"one of {', '.join(known)}", "".join(near))
     where = pick_device(device)
     loaded = load_model(path, device=where)
     set_precision(loaded.model, precision)
@@ -64,7 +64,8 @@ def load(
     if settings.get("max_positions") is not None:
         positions.append(settings["max_positions"])
     n_best, length_beam = settings.get("n_best", 1), loaded.card.get("length_beam", LENGTH_BEAM)
-    require(isinstance(length_beam, int), f"{path}: card.length_beam", length_beam, "a number of candidates")
+    usable = type(length_beam) is int and length_beam >= 1
+    require(usable, f"{path}: card.length_beam", length_beam, "a number of candidates, at least 1")
     advised = {"beam": max(DecodeSettings().beam, n_best), "length_beam": max(length_beam, n_best)}
     if where.type == "cpu" and isinstance(loaded.model, Student):
         advised["max_tokens"] = CPU_TOKENS
@@ -75,12 +76,13 @@ def pick_device(device: torch.device | str) -> torch.device:
     """auto: a GPU where there is one. Of several GPUs each rank of a launcher takes its own. Raises ConfigError."""
     try:
         asked = None if device == "auto" else torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ConfigError(f"device = {device!r}, expected auto, cpu, cuda or cuda:N.") from None
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked is None:
         asked = torch.device("cuda" if count else "cpu")
-    if asked.type != "cuda":
+    require(asked.type in ("cpu", "cuda"), "device", device, "auto, cpu, cuda or cuda:N")
+    if asked.type == "cpu":
         return asked
     hint = "Use auto or cpu, or see `engine-fast doctor`."
     require(count > 0, "device", str(asked), "auto or cpu, for this torch sees no GPU", hint)

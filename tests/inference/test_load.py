@@ -84,8 +84,16 @@ def test_what_has_no_effect_is_told(student: Path, teacher: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"foo": 1}, "setting = 'foo', expected one of [^.]*\\.$"),
         ({"iteration": 2}, "setting = 'iteration', expected one of .*Did you mean 'iterations'"),
-        ({"iterations": 0}, "iterations = 0, expected at least 1"),
+        ({"iterations": 0}, "iterations = 0, expected a whole number, at least 1"),
+        ({"iterations": "4"}, "iterations = '4', expected a whole number"),
+        ({"length_beam": True}, "length_beam = True, expected a whole number"),
+        ({"max_positions": 8.0}, "max_positions = 8.0, expected a whole number"),
+        ({"max_length": 5}, "max_length = 5, expected a pair of numbers"),
+        ({"length_penalty": None}, "length_penalty = None, expected a number"),
+        ({"device": None}, "device = None, expected auto, cpu, cuda"),
+        ({"device": "meta"}, "device = 'meta', expected auto, cpu, cuda"),
         ({"precision": "fp8"}, "precision = 'fp8', expected one of fp32, bf16, int8"),
         ({"device": "gpu"}, "device = 'gpu', expected auto, cpu, cuda"),
         ({"too_long": "drop"}, "too_long = 'drop', expected truncate, split or refuse"),
@@ -97,8 +105,16 @@ def test_a_wrong_setting_is_named(student: Path, wrong: dict[str, Any], message:
 
 
 def test_one_string_is_not_a_list_of_sentences(student: Path) -> None:
-    with pytest.raises(DataError, match=r"got one string, 'mon tue', expected a list"):
+    with pytest.raises(DataError, match=r"one string, 'mon tue', was given, expected a list"):
         load(student).translate("mon tue")
+    with pytest.raises(DataError, match=r"one string, 'mon tue', was given, expected a list"):
+        next(load(student).stream("mon tue"))
+
+
+@pytest.mark.parametrize("line", [None, b"mon", 3])
+def test_what_is_no_text_is_named(student: Path, line: Any) -> None:
+    with pytest.raises(DataError, match=f"line 2: a {type(line).__name__}, expected text"):
+        load(student).translate(["mon", line])
 
 
 def test_each_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

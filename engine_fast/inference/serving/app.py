@@ -119,9 +119,12 @@ def _state_limits(schema: dict[str, Any], limits: Limits) -> None:
     requests["ExplainRequest"]["properties"]["text"]["maxLength"] = limits.max_characters
 
 
-async def _tell_invalid(_: Request, error: Exception) -> JSONResponse:
+async def _tell_invalid(request: Request, error: Exception) -> JSONResponse:
     """Where and why, without the input: that may be large, hold NaN or half a surrogate pair, or be secret."""
     assert isinstance(error, RequestValidationError)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):  # then FastAPI does not look into the body
+        return JSONResponse({"detail": "Content-Type is not application/json; say that the body is JSON"}, 415)
     problems = [{key: each[key] for key in ("type", "loc", "msg")} for each in error.errors()]
     return JSONResponse({"detail": problems[:20]}, 422)
 

@@ -132,6 +132,7 @@ PROBLEMS: dict[int, str] = {
     404: "This model is not served here.",
     408: "The body took too long to arrive.",
     413: "The body is too large.",
+    415: "The body is not said to be JSON.",
     429: "The queue is full; Retry-After says when to try again.",
     500: "A sentence could not be translated: a bug, or out of memory.",
     503: "The service is starting or ending.",
