@@ -111,7 +111,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
         return None, None, *nothing
     z, s, stats, *options = ctx.saved_tensors
     need_z, need_s = ctx.needs_input_grad[:2]
-    if not (ctx.overwrite and library.may_overwrite(z, s, grad) and _apart(z, s)):
+    if not (ctx.overwrite and library.may_overwrite(z, s, grad) and _apart(z, s, need_z, need_s)):
         dz, ds = torch.ops.engine_fast.energy_backward(grad, z, s, stats, *options, *ctx.relaxation, need_z, need_s)
         return dz if need_z else None, ds if need_s else None, *nothing
     targets = z.detach() if need_z else None, s.detach() if need_s else None
@@ -119,9 +119,9 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return *targets, *nothing
 
 
-def _apart(z: Tensor, s: Tensor) -> bool:
-    """Whether every element of both has memory of its own, in rows that a kernel can write."""
-    whole = all(x.stride(1) == 1 and x.stride(0) >= x.shape[1] for x in (z, s))
+def _apart(z: Tensor, s: Tensor, need_z: bool, need_s: bool) -> bool:
+    """Whether every element that is written has memory of its own, in rows that a kernel can write."""
+    whole = all(x.stride(1) == 1 and x.stride(0) >= x.shape[1] for x, need in ((z, need_z), (s, need_s)) if need)
     return whole and z.untyped_storage().data_ptr() != s.untyped_storage().data_ptr()
 
 
