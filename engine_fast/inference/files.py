@@ -165,13 +165,13 @@ def _require_free(target: Path) -> None:
     require_replaceable(target)
     report = _report_path(target)
     require_replaceable(report)
-    if report.exists() and not is_report(report):
+    if report.exists() and not _is_report(report):
         raise ConfigError(
             f"--output {target}: its report would take the place of {report}, which is none. Choose another name."
         )
 
 
-def is_report(path: Path) -> bool:
+def _is_report(path: Path) -> bool:
     """Whether translate_file wrote it."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
