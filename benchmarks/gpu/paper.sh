@@ -21,6 +21,7 @@ work=build/gpu
 mkdir -p "$work" "$run"
 log=$work/paper.txt
 : > "$log"
+. benchmarks/gpu/install.sh
 
 # shellcheck disable=SC2329  # the trap calls it
 finish() {
@@ -43,17 +44,7 @@ if [ "${DRY:-0}" = 1 ]; then
 else
   base=benchmarks/gpu/paper.yaml
   few=()
-  nvidia-smi -L | tee -a "$log"
-  if [ -n "${WHEELS:-}" ]; then
-    "$python" -m pip install -q --no-index --no-deps "$WHEELS"/*.whl 2>&1 | tail -n 3 | tee -a "$log"
-  fi
-  if [ "${BUILT:-0}" != 1 ]; then
-    export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a} MAX_JOBS=${MAX_JOBS:-$(nproc)} ENGINE_FAST_CUDA=1
-    "$python" -m pip install --no-build-isolation --no-deps -e . > "$work/install.txt" 2>&1 || {
-      tail -n 25 "$work/install.txt" | tee -a "$log"
-      exit 1
-    }
-  fi
+  install_here 300
 fi
 
 for table in table3 table4; do

@@ -22,6 +22,7 @@ keep=${KEEP:-$work/translate}
 mkdir -p "$work" "$keep"
 log=$work/translate.txt
 : > "$log"
+. benchmarks/gpu/install.sh
 
 # shellcheck disable=SC2329  # the trap calls it
 finish() {
@@ -39,18 +40,7 @@ arguments=()
 if [ "${DRY:-0}" = 1 ]; then
   arguments+=(--smoke --threads 1)
 else
-  nvidia-smi -L | tee -a "$log"
-  if [ -n "${WHEELS:-}" ]; then
-    "$python" -m pip install -q --no-index --no-deps "$WHEELS"/*.whl 2>&1 | tail -n 3 | tee -a "$log"
-  fi
-  if [ "${BUILT:-0}" != 1 ]; then
-    # One target only, unless told otherwise: the build takes much of the time.
-    export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a} MAX_JOBS=${MAX_JOBS:-$(nproc)} ENGINE_FAST_CUDA=1
-    timeout --kill-after=5 240 "$python" -m pip install --no-build-isolation --no-deps -e . > "$work/install.txt" 2>&1 || {
-      tail -n 25 "$work/install.txt" | tee -a "$log"
-      exit 1
-    }
-  fi
+  install_here 240
   arguments+=(--device cuda --keep "$keep")
   [ -z "${RUN:-}" ] || arguments+=(--run "$RUN")
 fi

@@ -18,6 +18,7 @@ work=build/gpu
 mkdir -p "$work"
 log=$work/zero.txt
 : > "$log"
+. benchmarks/gpu/install.sh
 
 # shellcheck disable=SC2329  # the trap calls it
 finish() {
@@ -34,18 +35,7 @@ trap finish EXIT
 if [ "${DRY:-0}" = 1 ]; then
   arguments=(--quick --device cpu)
 else
-  nvidia-smi -L | tee -a "$log"
-  if [ -n "${WHEELS:-}" ]; then
-    "$python" -m pip install -q --no-index --no-deps "$WHEELS"/*.whl 2>&1 | tail -n 3 | tee -a "$log"
-  fi
-  if [ "${BUILT:-0}" != 1 ]; then
-    # One target only, unless told otherwise: the build takes much of the time.
-    export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a} MAX_JOBS=${MAX_JOBS:-$(nproc)} ENGINE_FAST_CUDA=1
-    timeout --kill-after=5 150 "$python" -m pip install --no-build-isolation --no-deps -e . > "$work/install.txt" 2>&1 || {
-      tail -n 25 "$work/install.txt" | tee -a "$log"
-      exit 1
-    }
-  fi
+  install_here 150
   arguments=(--device cuda)
 fi
 left=$((in_all - SECONDS - 15))
