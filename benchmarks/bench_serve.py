@@ -6,6 +6,7 @@ and the sentences are random words. Three measurements, each of one-sentence req
 
 - batch: one request of 32 sentences, alone; its median is the yardstick.
 - saturated: no client waits. 200 sentences are then always under way, which is 200 / 32 = 6.25 batches of 32.
+  saturated_in_batches is the share of the time in which a batch is computed; the rest is between two of them.
 - paced: every client waits a random while between requests, so that together they send --load of what batches of 32
   could take.
 
@@ -66,6 +67,15 @@ class Client:
         if " 200 " not in answered.split("\r\n")[0] or len(json.loads(answer)["translations"]) != len(sentences):
             raise RuntimeError(f"{answered.splitlines()[0]}: {answer[:200]!r}")
         return seconds
+
+    async def batch_seconds(self) -> float:
+        """What all batches of the server have taken so far: engine_fast_batch_seconds_sum of its metrics."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        text = (await reader.read()).decode()
+        writer.close()
+        return sum(float(line.split()[-1]) for line in text.splitlines()
+                   if line.startswith("engine_fast_batch_seconds_sum"))  # fmt: skip
 
     def close(self) -> None:
         if self._streams is not None:
@@ -156,10 +166,12 @@ async def measure(server: Server, sentences: Sequence[str], options: argparse.Na
     alone.close()
 
     clients, port = options.clients, server.port
+    before = await alone.batch_seconds()
     first = await crowd(port, clients, options.first, sentences)
     early = server.resident_mib()
     rest = await crowd(port, clients, options.requests - options.first, sentences)
     late = server.resident_mib()
+    in_batches = await alone.batch_seconds() - before
     saturated = (first[0] + rest[0], first[1] + rest[1], first[2] + rest[2])
     mean_pause = clients * batch / BATCH / options.load
     generator = random.Random(1)
@@ -171,6 +183,7 @@ async def measure(server: Server, sentences: Sequence[str], options: argparse.Na
         "errors": paced[1] + saturated[1],
         "paced_p95_over_batch": rows["paced"]["p95"] / batch,
         "saturated_p95_over_batch": rows["saturated"]["p95"] / batch,
+        "saturated_in_batches": in_batches / saturated[2],
         "saturated_speed_over_batch": rows["saturated"]["per_second"] * batch / BATCH,
         "memory_growth": late / early,
     }
