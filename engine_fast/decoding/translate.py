@@ -157,8 +157,6 @@ class Translator:
         if lengths is not None and len(lengths) < len(window):
             done = first_line - 1 + len(lengths)
             raise DataError(f"target lengths end after line {done}, the input goes on. Give one length per line.")
-        if lengths is not None and min(lengths[: len(window)], default=1) < 1:
-            raise DataError(f"a target length of {min(lengths)}, expected 1 or more: the end symbol counts.")
         report = TranslateReport()
         enough = self.max_positions if self.settings.too_long == "truncate" else 0
         rows = encode_lines(window, self.loaded.source_vocabulary, enough, report)
@@ -203,6 +201,9 @@ class Translator:
         advance: Callable[[int], None] | None = None,
     ) -> list[list[list[Hypothesis]]]:
         """For each source, for each of its parts, hypotheses."""
+        for number, length in enumerate(lengths or (), first_line):
+            if length < 1:
+                raise DataError(f"line {number}: target length {length}, expected 1 or more. Count the end symbol.")
         too_long, limit = self.settings.too_long, self.max_positions
         fitted = fit_sources(sources, self.loaded.source_vocabulary, limit, too_long, first_line, report)
         if lengths is not None and report.num_split:

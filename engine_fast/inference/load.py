@@ -21,7 +21,7 @@ from engine_fast.models import LoadedModel, Network, Precision, Student, Teacher
 LENGTH_BEAM = 3
 """Length candidates of a student whose card names none."""
 CPU_TOKENS = 2048
-"""max_tokens of a student on a CPU: larger batches take more memory, and are hardly faster (benchmarks/NOTES.md)."""
+"""max_tokens of a student on a CPU: larger batches take more memory for at most a seventh more speed (NOTES.md)."""
 _ONLY_STUDENT = ("iterations", "length_beam")
 _ONLY_TEACHER = ("beam", "length_penalty")
 

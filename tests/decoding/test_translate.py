@@ -179,6 +179,15 @@ def test_repeated_tokens_are_left_out_where_asked() -> None:
         assert kept.tokens[-1] == EOS
 
 
+@pytest.mark.parametrize("length", [0, -5])
+def test_a_target_length_below_one_is_named(length: int) -> None:
+    translator = Translator(load_tiny(make_student()))
+    with pytest.raises(DataError, match=f"line 2: target length {length}, expected 1 or more"):
+        list(translator.stream(["mon", "tue"], lengths=[3, length]))
+    with pytest.raises(DataError, match=f"line 2: target length {length}, expected 1 or more"):
+        translator.translate_ids([[5, EOS], [6, EOS]], lengths=[3, length])
+
+
 def test_a_vocabulary_without_mask_keeps_its_first_word() -> None:
     assert MASK in never_emitted(make_vocabulary())
     assert MASK not in never_emitted(DictionaryVocabulary(WORDS, mask=False))
