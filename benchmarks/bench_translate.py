@@ -55,6 +55,10 @@ def systems(part: str, *, device: str = "cpu", only: Sequence[str] | None = None
     """All that take part, the students first; only: names, or how they start."""
     found = [_ours("student", f"{count} {precision}", precision=precision, length_beam=lengths)
              for lengths, count in LENGTHS for precision in _precisions(device)]  # fmt: skip
+    if device == "cuda":
+        graphs = [System(f"{system.name} graphs", "ours", "student", {**system.options, "cuda_graphs": True})
+                  for system in found]  # fmt: skip
+        found += graphs
     stored = {"fp32": "float32", "int8": "int8"}
     if device == "cpu":
         found += [System(f"student {count} onnx {short}", "onnx", f"student-{form}", {"length_beam": lengths})

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Translation on one GPU, in one call of less than ten minutes: a sentence alone and in batches, student against teacher,
 # and against CTranslate2 and transformers where they are installed and run there. bench_translate.py says what is
-# measured. Parts that are finished are kept in KEEP; the same call again takes them from there and goes on. The exit
-# code is 0 when all is measured and no floor is missed, 75 when time was up first.
+# measured; before it come the tests of recorded graphs, which meet real ones only here. Parts that are finished are kept
+# in KEEP; the same call again takes them from there and goes on. The exit code is 0 when the tests pass, all is measured
+# and no floor is missed, 75 when time was up first.
 #
-# For a machine with a GPU, nvcc and a Python with a CUDA torch and this package's dependencies; it needs no network.
+# For a machine with a GPU, nvcc and a Python with a CUDA torch, pytest and this package's dependencies; no network.
 #   RUN      a finished run directory, for the part with trained models; default none
 #   KEEP     default build/gpu/translate
 #   PYTHON   default python3
@@ -44,6 +45,8 @@ else
   arguments+=(--device cuda --keep "$keep")
   [ -z "${RUN:-}" ] || arguments+=(--run "$RUN")
 fi
+tests=0
+timeout --kill-after=5 90 "$python" -m pytest -q tests/models/test_graphs.py 2>&1 | tee -a "$log" || tests=1
 left=$((in_all - SECONDS - 15))
 if [ "$left" -lt 20 ]; then
   echo "no time left to measure: $SECONDS of $in_all s went into the build. Start the same call again with BUILT=1" | tee -a "$log"
@@ -56,4 +59,5 @@ if [ "$rc" = 124 ] || [ "$rc" = 137 ]; then
   echo "time is up: start the same call again, with BUILT=1" | tee -a "$log"
   exit 75
 fi
+[ "$rc" != 0 ] || rc=$tests
 exit "$rc"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from engine_fast.cli.translate import DecodingPrecision, Device, plain_warnings
+from engine_fast.cli.translate import CudaGraphs, DecodingPrecision, Device, plain_warnings
 
 GPU_BATCH_TOKENS = 16384
 
@@ -28,12 +28,14 @@ def serve(
     ] = None,
     max_queue: Annotated[int, typer.Option(min=256, help="Sentences that may wait for one model.")] = 4096,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is given up.")] = 30.0,
+    cuda_graphs: CudaGraphs = False,
 ) -> None:
     """Serve translations over HTTP (POST /translate, GET /health, GET /metrics), and a page that explains them."""
     from engine_fast.inference.serving import Limits, create_app, load_systems, run
 
     with plain_warnings():
-        systems = load_systems(model, teacher=teacher, cmlm=cmlm, device=device, precision=precision)
+        how: dict[str, Any] = {"device": device, "precision": precision, "cuda_graphs": cuda_graphs}
+        systems = load_systems(model, teacher=teacher, cmlm=cmlm, **how)
         on_gpu = any(system.on_gpu for system in systems.values())
         tokens = batch_tokens or (GPU_BATCH_TOKENS if on_gpu else Limits().batch_tokens)
         limits = Limits(batch_tokens=tokens, max_queue=max_queue, timeout_seconds=timeout)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 DecodingPrecision = Literal["fp32", "bf16", "int8"]
+CudaGraphs = Annotated[
+    bool, typer.Option("--cuda-graphs", help="On a GPU: launch each stack of layers at once; for small batches.")
+]
 SIGPIPE_EXIT = 141
 DEFAULT_WINDOW = 4096
 
@@ -73,6 +76,7 @@ def translate(
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the lines, on CPUs.")] = 1,
     precision: Annotated[DecodingPrecision, typer.Option(help="Of the models; int8 on a CPU.")] = "fp32",
     device: Annotated[Device, typer.Option(help="auto = cuda where there is one.")] = "auto",
+    cuda_graphs: CudaGraphs = False,
 ) -> None:
     """Translate lines from standard input to standard output, in order; an empty line stays empty.
 
@@ -96,6 +100,7 @@ def translate(
     }  # fmt: skip
     settings: dict[str, Any] = {
         "precision": precision,
+        "cuda_graphs": cuda_graphs,
         "n_best": n_best,
         "remove_repeats": remove_repeats,
         "window": window or (1 if waits else DEFAULT_WINDOW),

@@ -16,7 +16,16 @@ from engine_fast.data.vocabulary import Vocabulary
 from engine_fast.decoding import DecodeSettings, Rescore, Translator
 from engine_fast.energies import discrete_energy
 from engine_fast.errors import ConfigError, VocabularyError, require
-from engine_fast.models import LoadedModel, Network, Precision, Student, Teacher, load_model, set_precision
+from engine_fast.models import (
+    LoadedModel,
+    Network,
+    Precision,
+    Student,
+    Teacher,
+    load_model,
+    set_precision,
+    use_cuda_graphs,
+)
 
 LENGTH_BEAM = 3
 """Length candidates of a student whose card names none."""
@@ -32,6 +41,7 @@ def load(
     teacher: str | Path | None = None,
     device: torch.device | str = "auto",
     precision: Precision = "fp32",
+    cuda_graphs: bool = False,
     **settings: Any,
 ) -> Translator:
     """The model in a directory, ready to translate: `load(path).translate(["Ein Satz."])`.
@@ -39,7 +49,7 @@ def load(
     Args: path: what train, import or export wrote; a student or a teacher.
         teacher (students only): directory of the teacher that chooses the length candidate of least energy per token.
         device: auto (a GPU where there is one), cpu, cuda, cuda:N. precision: fp32, bf16, or on a CPU int8, of model
-        and teacher (see set_precision).
+        and teacher (see set_precision). cuda_graphs: on a GPU, both launch recorded graphs (see use_cuda_graphs).
         settings: fields of DecodeSettings. Left out: length_beam is the model card's, else 3; a beam holds n_best;
         max_tokens is CPU_TOKENS for a student on a CPU; max_positions is at most the model's and the teacher's.
     Warns of what has no effect on this kind of model. No gradients: the weights are frozen.
@@ -52,13 +62,13 @@ def load(
         require(name in known, "setting", name, f"one of {', '.join(known)}", "".join(near))
     where = pick_device(device)
     loaded = load_model(path, device=where)
-    set_precision(loaded.model, precision)
+    _prepare(loaded.model, precision, cuda_graphs)
     _warn_without_effect(loaded.model, settings, has_teacher=teacher is not None)
     positions = [loaded.model.max_positions]
     rescore: Rescore | None = None
     if teacher is not None and isinstance(loaded.model, Student):
         judge = load_model(teacher, device=where, kind="teacher")
-        set_precision(judge.model, precision)
+        _prepare(judge.model, precision, cuda_graphs)
         rescore = _rescorer(loaded, judge)
         positions.append(judge.model.max_positions)
     if settings.get("max_positions") is not None:
@@ -70,6 +80,13 @@ def load(
     if where.type == "cpu" and isinstance(loaded.model, Student):
         advised["max_tokens"] = CPU_TOKENS
     return Translator(loaded, DecodeSettings(**advised | settings | {"max_positions": min(positions)}), rescore)
+
+
+def _prepare(model: Network, precision: Precision, cuda_graphs: bool) -> None:
+    require(isinstance(cuda_graphs, bool), "cuda_graphs", cuda_graphs, "true or false")
+    set_precision(model, precision)
+    if cuda_graphs:
+        use_cuda_graphs(model)
 
 
 def pick_device(device: torch.device | str) -> torch.device:

@@ -1,6 +1,7 @@
 """The networks: autoregressive teachers, non-autoregressive students, and their directories on disk."""
 
 from engine_fast.models.cmlm import CMLM
+from engine_fast.models.graphs import use_cuda_graphs
 from engine_fast.models.lstm import Seq2Seq
 from engine_fast.models.precision import Precision, set_precision
 from engine_fast.models.protocols import Network, Student, Teacher, Through
@@ -30,4 +31,5 @@ __all__ = [
     "save_model",
     "set_precision",
     "shift_right",
+    "use_cuda_graphs",
 ]

@@ -96,6 +96,8 @@ def test_what_has_no_effect_is_told(student: Path, teacher: Path) -> None:
         ({"device": "meta"}, "device = 'meta', expected auto, cpu, cuda"),
         ({"precision": "fp8"}, "precision = 'fp8', expected one of fp32, bf16, int8"),
         ({"device": "gpu"}, "device = 'gpu', expected auto, cpu, cuda"),
+        ({"cuda_graphs": True, "device": "cpu"}, "cuda_graphs = True on cpu, expected a GPU"),
+        ({"cuda_graphs": "yes"}, "cuda_graphs = 'yes', expected true or false"),
         ({"too_long": "drop"}, "too_long = 'drop', expected truncate, split or refuse"),
     ],
 )

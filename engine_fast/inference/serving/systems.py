@@ -153,22 +153,24 @@ def load_systems(
     cmlm: str | Path | None = None,
     device: torch.device | str = "auto",
     precision: Precision = "fp32",
+    cuda_graphs: bool = False,
 ) -> dict[str, System]:
     """The systems of a service by name, the one that answers by default first.
 
     Args: model: a student, which is then called engine, or a teacher. teacher: judges, and is offered too. cmlm: a
-        second student to compare with. device, precision: as load() takes them.
+        second student to compare with. device, precision, cuda_graphs: as load() takes them.
     Raises what load() raises; CheckpointError for a student where a teacher is expected and the reverse;
     VocabularyError for models that do not share their vocabularies.
     """
-    main = load(model, device=device, precision=precision)
+    opened = partial(load, device=device, precision=precision, cuda_graphs=cuda_graphs)
+    main = opened(model)
     found = {"engine" if isinstance(main.loaded.model, Student) else "teacher": main}
     if teacher is not None:
         if "teacher" in found:
             raise CheckpointError(f"{model}: is a teacher already. Give a student as --model, or leave --teacher out.")
-        found["teacher"] = _of_kind("teacher", load(teacher, device=device, precision=precision), teacher)
+        found["teacher"] = _of_kind("teacher", opened(teacher), teacher)
     if cmlm is not None:
-        found["cmlm"] = _of_kind("student", load(cmlm, device=device, precision=precision), cmlm)
+        found["cmlm"] = _of_kind("student", opened(cmlm), cmlm)
     for name, other in found.items():
         _require_same_vocabularies(main.loaded, other.loaded, name)
     judge = found["teacher"].loaded.model if "teacher" in found else None
