@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,20 @@ _PACKAGES = ("torch", "deepspeed", "sacrebleu", "sentencepiece", "numpy", "pydan
 
 def versions() -> dict[str, str]:
     """Version of everything that can change a figure; a package that is not installed is left out."""
-    found = {"engine_fast": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    found = {"engine_fast": __version__, "python": platform.python_version(), **_installed()}
     if extension.available():
         info = extension.build_info()
         found["engine_fast._C"] = ", ".join(f"{key} {info[key]}" for key in sorted(info))
+    return found
+
+
+@cache
+def _installed() -> dict[str, str]:
+    """Versions of _PACKAGES: reading them takes ten milliseconds, and a sweep asks for each trial."""
+    found = {}
+    for package in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
     return found
 
 

@@ -159,7 +159,7 @@ def load_model(
         architecture = read_architecture(config["kind"], config["architecture"])
     except ValidationError as error:
         raise CheckpointError(f"{directory}/config.json: the architecture cannot be used ({error}).") from error
-    with _WithoutRandomFill():
+    with WithoutRandomFill():
         model = KINDS[config["kind"]](architecture, len(vocabularies[0]), len(vocabularies[1]))
     weights = directory / WEIGHTS
     try:
@@ -250,7 +250,7 @@ class _TensorFile(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
-class _WithoutRandomFill(TorchFunctionMode):
+class WithoutRandomFill(TorchFunctionMode):
     """Networks made in here get no random weights, for a file's will be copied over them: memory that nobody writes to
     is not resident yet, and drawing numbers takes longer than reading a file."""
 

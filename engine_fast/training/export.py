@@ -19,7 +19,7 @@ from engine_fast.inference.card import FORMS, find_evaluation, model_card
 from engine_fast.inference.ctranslate2 import export_ctranslate2
 from engine_fast.inference.onnx import export_onnx
 from engine_fast.models import LoadedModel, Student, Teacher, load_model, save_model
-from engine_fast.models.store import KINDS, is_model_directory, read_architecture, stage_model
+from engine_fast.models.store import KINDS, WithoutRandomFill, is_model_directory, read_architecture, stage_model
 from engine_fast.training.run_directory import VOCABULARY, read_record
 
 _TRIES = 5
@@ -100,7 +100,8 @@ def assemble(
     origin: str,
 ) -> Teacher | Student:
     """A model with a snapshot's weights. Raises CheckpointError that names a tensor which does not fit."""
-    model = kind(architecture, len(source), len(target))
+    with WithoutRandomFill():
+        model = kind(architecture, len(source), len(target))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name not in weights or weights[name].shape != parameter.shape:

@@ -11,7 +11,7 @@ from engine_fast.config import EngineConfig, RunConfig
 from engine_fast.data.prepared import Prepared
 from engine_fast.errors import VocabularyError, require
 from engine_fast.models import Student, Teacher, freeze, load_model
-from engine_fast.models.store import LoadedModel, new_network, stage_model
+from engine_fast.models.store import LoadedModel, WithoutRandomFill, new_network, stage_model
 from engine_fast.training.seeding import seed_torch
 
 _DROPOUTS = {"dropout", "attention_dropout", "activation_dropout"}
@@ -66,7 +66,8 @@ def student_of(baseline: Student, config: RunConfig) -> Student:
             )  # fmt: skip
         given = asked.model_fields_set & _DROPOUTS
         architecture = architecture.model_copy(update={name: getattr(asked, name) for name in given})
-    student = cast(Student, new_network("student", architecture, baseline.source_size, baseline.target_size))
+    with WithoutRandomFill():
+        student = cast(Student, new_network("student", architecture, baseline.source_size, baseline.target_size))
     student.load_state_dict(baseline.state_dict())
     return student
 
