@@ -25,6 +25,7 @@ from tests.models import hf_models  # noqa: E402
 FAMILIES = {
     "marian": (hf_models.marian, {}),
     "marian-many": (lambda path: hf_models.marian(path, languages=(">>deu<<", ">>eng<<")), {"target_language": "eng"}),
+    "marian-apart": (hf_models.marian_apart, {}),
     "t5": (hf_models.t5, {"prompt": "translate German to English: "}),
     "mbart": (hf_models.mbart, {"source_language": "de_DE", "target_language": "en_XX"}),
     "mbart-50": (
@@ -121,6 +122,16 @@ def test_the_energy_of_one_hot_words_is_the_models_own_loss(families, family):
         losses = found.own_losses()
     torch.testing.assert_close(energies, losses, rtol=0, atol=1e-6)
     torch.testing.assert_close(discrete_energy(found.teacher, found.source, found.target), losses, rtol=0, atol=1e-6)
+
+
+def test_two_lists_of_pieces_are_two_vocabularies(families):
+    found = families("marian-apart")
+    source, target = found.loaded.source_vocabulary, found.loaded.target_vocabulary
+    assert source.fingerprint != target.fingerprint
+    assert UNK in target.encode("Katze")
+    assert UNK not in source.encode("Katze")
+    tables = found.teacher.network.get_encoder().get_input_embeddings(), found.teacher.decoder.get_input_embeddings()
+    assert tables[0].weight is not tables[1].weight
 
 
 @pytest.mark.parametrize("family", FAMILIES)
