@@ -6,7 +6,7 @@ one step, says that they are all there. Both hold the stage's key:
     key = sha256(name, format version, settings, {upstream stage: hash of its outputs})
 
 So kill -9 at any point leaves a stage that is either whole or marked as begun, and a changed input can never mix with
-files made from the old one: the old directory is moved aside as `<stage>.stale-<n>`.
+files made from the old one: the old directory is moved aside as `<stage>.stale-<n>`, and taken back when its inputs are.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine_fast import __version__
+from engine_fast.data.atomic import sha256_of
 from engine_fast.distributed.presence import beat
 from engine_fast.evaluation.files import write_json
 
@@ -29,6 +30,10 @@ FORMAT = 1
 """Raise when a stage's files change in meaning: every stage of an older run then runs again."""
 
 _MISSING = object()
+_SMALL = 1 << 20
+"""Bytes of an output that is read again whenever a run looks at it."""
+_LONGEST_VALUE = 80
+"""Characters of a setting that are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,24 +88,50 @@ def plan_stage(stage: Stage, directory: Path, outputs: Mapping[str, str]) -> Pla
         return Plan("changed", key, _difference(begun.get("inputs", {}), _inputs(stage, outputs)))
     if finished is None or finished.get("key") != key:
         return Plan("resumed", key)
-    for name, entry in finished["outputs"].items():
-        path = directory / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            return Plan("damaged", key, f"{name} is missing or has another size than when it was finished")
+    name = _damaged(directory, finished)
+    if name is not None:
+        return Plan("damaged", key, f"{name} is missing or not what it was when the stage finished")
     return Plan("done", key)
+
+
+def take_back(stage: Stage, directory: Path, plan: Plan, outputs: Mapping[str, str]) -> Path | None:
+    """Where the stage's inputs are again those of a finished one that was moved aside: change places with the present
+    directory. Returns which it was."""
+    if plan.state != "changed":
+        return None
+    kept = sorted(directory.parent.glob(f"{directory.name}.stale-*"), key=lambda path: path.stat().st_mtime)
+    old = next((path for path in reversed(kept) if plan_stage(stage, path, outputs).state == "done"), None)
+    if old is not None:
+        _move_aside(directory)
+        old.rename(directory)
+    return old
 
 
 def begin(stage: Stage, directory: Path, plan: Plan, outputs: Mapping[str, str]) -> Path | None:
     """Make the directory ready for the stage to run. Returns where old files were moved, if any were."""
-    moved = None
-    if plan.state in ("changed", "damaged"):
-        taken = (directory.with_name(f"{directory.name}.stale-{number}") for number in itertools.count(1))
-        moved = next(path for path in taken if not path.exists())
-        directory.rename(moved)
+    moved = _move_aside(directory) if plan.state in ("changed", "damaged") else None
     directory.mkdir(parents=True, exist_ok=True)
     if plan.state != "resumed":
         write_json(directory / "begun.json", {"key": plan.key, "inputs": _inputs(stage, outputs)})
     return moved
+
+
+def _move_aside(directory: Path) -> Path:
+    taken = (directory.with_name(f"{directory.name}.stale-{number}") for number in itertools.count(1))
+    moved = next(path for path in taken if not path.exists())
+    directory.rename(moved)
+    return moved
+
+
+def _damaged(directory: Path, finished: dict[str, Any]) -> str | None:
+    """The first output that is not as it was; of large ones only the size is compared."""
+    for name, entry in finished["outputs"].items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return str(name)
+        if entry["bytes"] <= _SMALL and hash_file(path) != entry["sha256"]:
+            return str(name)
+    return None
 
 
 def finish(stage: Stage, directory: Path, plan: Plan, seconds: float) -> None:
@@ -132,10 +163,9 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of the file's bytes, read in blocks."""
+    """sha256 of the file's bytes. Raises DataError when it cannot be read."""
     beat(f"hashing {path.name}")
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 class StageClock:
@@ -202,8 +232,12 @@ def _difference(old: Any, new: Any, prefix: str = "") -> str:
     root, _, rest = prefix.partition(".")
     if root == "upstream":
         return f"stage {rest} gave another result"
-    was, now = ("absent" if value is _MISSING else json.dumps(value) for value in (old, new))
+    was, now = ("absent" if value is _MISSING else _shown(json.dumps(value)) for value in (old, new))
     return f"{rest or root} was {was}, is {now}"
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -82,25 +82,23 @@ def marian(
 
 
 def marian_apart(directory: Path) -> Path:
-    """Marian with a list of pieces, and a table, for each side, of one length as its converter wants it."""
-    models = [train_spm(text, size) for text, size in ((lines(GERMAN), 70), (lines(ENGLISH), 90))]
-    sides = [["</s>", "<unk>", *sorted(pieces_of(model)[3:])] for model in models]
-    longest = max(map(len, sides))
-    numbers = [
-        {piece: i for i, piece in enumerate([*side, *(f"unused{i}" for i in range(longest - len(side))), "<pad>"])}
-        for side in sides
-    ]
-    pad = longest
+    """Marian with a list of pieces, and a table, for each side; the source's <pad> is a word of the target's."""
+    models = [train_spm(text, size) for text, size in ((lines(GERMAN), 90), (lines(GERMAN + ENGLISH), 140))]
+    sides = [["</s>", "<unk>", *sorted(pieces_of(model)[3:]), "<pad>"] for model in models]
+    numbers = [{piece: i for i, piece in enumerate(side)} for side in sides]
+    source_pad, target_pad = (each["<pad>"] for each in numbers)
+    assert source_pad < target_pad
     config = transformers.MarianConfig(**{
-        **SIZES, "vocab_size": pad + 1, "decoder_vocab_size": pad + 1, "pad_token_id": pad, "eos_token_id": 0,
-        "bos_token_id": 0, "decoder_start_token_id": pad, "forced_eos_token_id": 0, "scale_embedding": True,
-        "static_position_embeddings": True, "activation_function": "swish", "share_encoder_decoder_embeddings": False,
-        "tie_word_embeddings": False,
+        **SIZES, "vocab_size": len(sides[0]), "decoder_vocab_size": len(sides[1]), "pad_token_id": source_pad,
+        "eos_token_id": 0, "bos_token_id": 0, "decoder_start_token_id": target_pad, "forced_eos_token_id": 0,
+        "scale_embedding": True, "static_position_embeddings": True, "activation_function": "swish",
+        "share_encoder_decoder_embeddings": False, "tie_word_embeddings": False,
     })  # fmt: skip
     torch.manual_seed(3)
     network = transformers.MarianMTModel(config)
     randomise(network)
-    network.generation_config.bad_words_ids = [[pad]]
+    network.generation_config.bad_words_ids = [[target_pad]]
+    network.final_logits_bias[0, source_pad] -= 20  # its search takes that word for padding, wherever it has it
     files = {"source.spm": models[0], "target.spm": models[1]}
     files |= {"vocab.json": json.dumps(numbers[0]).encode(), "target_vocab.json": json.dumps(numbers[1]).encode()}
     settings = {"tokenizer_class": "MarianTokenizer", "source_lang": "de", "target_lang": "en", "separate_vocabs": True}

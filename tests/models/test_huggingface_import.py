@@ -256,6 +256,14 @@ def test_a_list_of_pieces_in_another_order_does_not_round_trip(models, monkeypat
     assert "does not round-trip" in refused(str(models["marian"]), VocabularyError)
 
 
+def test_a_second_list_of_pieces_that_no_setting_names(copied):
+    directory = copied("marian")
+    shutil.copy(directory / "vocab.json", directory / "target_vocab.json")
+    message = refused(str(directory), VocabularyError)
+    assert "has a target_vocab.json, but" in message
+    assert 'Add "separate_vocabs": true there' in message
+
+
 def test_files_of_two_models(copied):
     directory = copied("marian")
     numbers = json.loads((directory / "vocab.json").read_text())

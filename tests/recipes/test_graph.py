@@ -121,11 +121,37 @@ def test_an_interrupted_stage_is_not_continued_for_other_inputs(toy: Toy) -> Non
     assert toy.text("double") == "22"
 
 
-@pytest.mark.parametrize("damage", ["delete", "grow"])
+def test_what_was_moved_aside_is_taken_back_when_it_is_wanted_again(toy: Toy) -> None:
+    toy.go(1)
+    toy.interrupt = "copy"
+    with pytest.raises(KeyboardInterrupt):
+        toy.go(2)  # a mistake, say, that is found only now
+    toy.interrupt = None
+    toy.go(1)
+    assert toy.runs == ["copy", "double", "copy"]
+    assert "copy: the files in copy.stale-1 were made from these inputs, and are taken back" in toy.said
+    assert toy.text("double") == "11"
+    assert sorted(path.name for path in toy.out.iterdir() if "stale" in path.name) == ["copy.stale-2"]
+    toy.go(2)
+    toy.go(1)
+    assert toy.runs == ["copy", "double", "copy", "copy", "double"]
+    assert toy.text("double") == "11"
+
+
+def test_a_damaged_one_is_not_taken_back(toy: Toy) -> None:
+    toy.go(1)
+    toy.go(2)
+    (toy.out / "copy.stale-1" / "out" / "value").write_text("7")
+    toy.go(1)
+    assert toy.runs == ["copy", "double"] * 2 + ["copy"]  # the same content again, so the old double is taken back
+    assert toy.text("double") == "11"
+
+
+@pytest.mark.parametrize("damage", ["delete", "grow", "alter"])
 def test_a_damaged_output_is_made_again(toy: Toy, damage: str) -> None:
     toy.go()
     path = toy.out / "copy" / "out" / "value"
-    path.unlink() if damage == "delete" else path.write_text("longer")
+    path.unlink() if damage == "delete" else path.write_text("longer" if damage == "grow" else "2")
     toy.go()
     assert toy.runs == ["copy", "double", "copy"]  # the same content again, so double stands
     assert toy.text("copy") == "1"

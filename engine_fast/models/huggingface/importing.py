@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine_fast.data.pieces import PieceVocabulary
 from engine_fast.data.symbols import PAD
-from engine_fast.errors import CheckpointError, EngineFastError
+from engine_fast.errors import CheckpointError, EngineFastError, VocabularyError
 from engine_fast.models.huggingface import contract, tokens
 from engine_fast.models.huggingface.network import HuggingFaceArchitecture, HuggingFaceTeacher, require_transformers
 from engine_fast.models.huggingface.renumber import LACKING, renumber
@@ -170,6 +170,11 @@ def _tokenizer(transformers: Any, origin: Origin) -> Any:
 
 
 def _sides(tokenizer: Any, origin: Origin, sizes: tuple[int, int]) -> tuple[tokens.Side, tokens.Side]:
+    if getattr(tokenizer, "separate_vocabs", None) is False and origin.fetch("target_vocab.json"):
+        raise VocabularyError(
+            f"{origin.path}: has a target_vocab.json, but its tokenizer_config.json does not say that it is used. Add "
+            '"separate_vocabs": true there, or take the file away.'
+        )
     models = tokens.find_models(tokenizer, origin.fetch, origin.path)
     return tokens.read_sides(tokenizer, models, sizes, origin.path)
 

@@ -47,11 +47,14 @@ def read_sides(tokenizer: Any, models: tuple[bytes, bytes], sizes: tuple[int, in
     Raises VocabularyError: more pieces than rows, no end symbol, files that do not belong together.
     """
     apart = getattr(tokenizer, "separate_vocabs", False)
-    source = _side(tokenizer, tokenizer.encoder if apart else tokenizer.get_vocab(), models[0], sizes[0], origin)
-    if models[0] == models[1] and not apart and sizes[0] == sizes[1]:
+    if apart:
+        lists = tokenizer.encoder, tokenizer.target_encoder
+        found = (_side(tokenizer, *each, origin, apart=True) for each in zip(lists, models, sizes, strict=True))
+        return next(found), next(found)
+    source = _side(tokenizer, tokenizer.get_vocab(), models[0], sizes[0], origin)
+    if models[0] == models[1] and sizes[0] == sizes[1]:
         return source, source
-    numbers = tokenizer.target_encoder if apart else tokenizer.get_vocab()
-    return source, _side(tokenizer, numbers, models[1], sizes[1], origin)
+    return source, _side(tokenizer, tokenizer.get_vocab(), models[1], sizes[1], origin)
 
 
 def find_models(tokenizer: Any, fetch: Any, origin: str) -> tuple[bytes, bytes]:
@@ -132,19 +135,29 @@ def frame(tokenizer: Any, side: Side, *, prompt: str, target: bool, origin: str)
     return found
 
 
-def _side(tokenizer: Any, numbers: dict[str, int], model: bytes, size: int, origin: str) -> Side:
+def _side(
+    tokenizer: Any, numbers: dict[str, int], model: bytes, size: int, origin: str, *, apart: bool = False
+) -> Side:
+    """apart: of a tokenizer with a list of pieces for each side. What it says of symbols is true of the source."""
     if max(numbers.values()) >= size:
         raise VocabularyError(
             f"{origin}: the tokenizer's ids go up to {max(numbers.values())}, but the table of embeddings has {size} "
             "rows. Tokenizer and weights belong to different models."
         )
-    own = {
-        "<s>": tokenizer.bos_token_id if tokenizer.bos_token_id is not None else numbers.get("<s>"),
-        "<pad>": tokenizer.pad_token_id,
-        "</s>": tokenizer.eos_token_id,
-        "<unk>": tokenizer.unk_token_id,
-        "<mask>": getattr(tokenizer, "mask_token_id", None),
+    symbols = {
+        "<s>": "bos_token",
+        "<pad>": "pad_token",
+        "</s>": "eos_token",
+        "<unk>": "unk_token",
+        "<mask>": "mask_token",
     }
+    if apart:
+        own = {symbol: numbers.get(getattr(tokenizer, name, None)) for symbol, name in symbols.items()}
+        special = {row for name in tokenizer.all_special_tokens if (row := numbers.get(name)) is not None}
+    else:
+        own = {symbol: getattr(tokenizer, f"{name}_id", None) for symbol, name in symbols.items()}
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    own["<s>"] = numbers.get("<s>") if own["<s>"] is None else own["<s>"]
     if own["</s>"] is None or own["<unk>"] is None:
         raise VocabularyError(f"{origin}: its tokenizer has no end symbol or no unknown one, expected both: {own}.")
     rows: list[int] = []
@@ -156,13 +169,12 @@ def _side(tokenizer: Any, numbers: dict[str, int], model: bytes, size: int, orig
     taken = set(rows)
     rows += [row for row in range(size) if row not in taken]
     named = {number: piece for piece, number in numbers.items()}
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     pieces, silent = list(SYMBOLS), []
     for row in rows[NUM_SPECIAL:]:
         piece = named.get(row)
         if piece is None or row in special or (piece.startswith(">>") and piece.endswith("<<")):
             silent.append(len(pieces))
-        pieces.append(_name(tokenizer, row) if piece is None else piece)
+        pieces.append(piece or (f"<row {row}>" if apart else _name(tokenizer, row)))
     return Side(PieceVocabulary(model, pieces, silent, origin=origin), rows)
 
 
