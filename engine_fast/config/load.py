@@ -182,6 +182,8 @@ def _explain(origin: str, item: Any) -> str:
     if item["type"] == "union_tag_invalid":
         tag, expected = item["ctx"]["tag"], item["ctx"]["expected_tags"].replace("'", "")
         return f"{origin}: {key}.kind = {tag!r}, expected: one of {expected}."
+    if item["type"] == "union_tag_not_found":
+        return f"{origin}: {key} = {item['input']!r}, expected: a section, for example {key}: {{kind: transformer}}."
     message = item["msg"].removeprefix("Value error, ")
     if isinstance(item["input"], dict):
         return f"{origin}: {key}: {message}."

@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 
 from engine_fast.config.base import Section
 from engine_fast.config.data import DataConfig
-from engine_fast.config.sweep import SweepConfig
+from engine_fast.config.sweep import SweepConfig, is_seed
 from engine_fast.config.training import CMLMConfig, EngineConfig, TeacherConfig
 
 
@@ -45,7 +45,7 @@ class EvaluateConfig(Section):
     """Teacher beam."""
     length_penalty: NonNegativeFloat = 1.0
     """Teacher beam's length penalty."""
-    iterations: list[PositiveInt] = [1, 4, 10]
+    iterations: list[PositiveInt] = Field(default=[1, 4, 10], min_length=1)
     """Mask-predict iterations of the students."""
     cmlm_length_beam: PositiveInt = 5
     """Length candidates of the CMLM baseline (paper: 5)."""
@@ -120,3 +120,10 @@ class RunConfig(Section):
     """Make this table of the paper from what is measured."""
     deepspeed: dict[str, Any] = {}
     """Further keys of DeepSpeed's own config, merged into the generated one; unknown ones are refused."""
+
+    @model_validator(mode="after")
+    def _no_seed_twice(self) -> RunConfig:
+        for key, values in (self.sweep.grid if self.sweep else {}).items():
+            if is_seed(key) and None in values and self.seed in values:
+                raise ValueError(f"sweep.grid.{key} has a seed twice: {values}, and null is the run's, {self.seed}")
+        return self

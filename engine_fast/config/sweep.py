@@ -49,7 +49,8 @@ class SweepConfig(Section):
     """Variations of the run, from one trained teacher and baseline wherever they leave these as they are."""
 
     grid: dict[str, list[Any]] = {}
-    """section.key -> values; every combination is a trial. Trials that differ in seeds alone are averaged."""
+    """section.key -> values; every combination is a trial. Trials that differ in engine.seed or cmlm.seed alone are
+    averaged. null instead of a list takes out a key that the file's base has."""
     trials: list[ListedTrial] = []
     """Further ones by name; each is combined with the grid."""
     processes: NonNegativeInt = 1
@@ -58,7 +59,8 @@ class SweepConfig(Section):
     @field_validator("grid", mode="before")
     @classmethod
     def _flat(cls, grid: Any) -> Any:
-        return _flattened(grid)
+        flat = _flattened(grid)
+        return {key: values for key, values in flat.items() if values is not None} if isinstance(flat, dict) else flat
 
     @field_validator("grid")
     @classmethod
@@ -74,6 +76,12 @@ class SweepConfig(Section):
     def _names_differ(self) -> SweepConfig:
         if not self.grid and not self.trials:
             raise ValueError("it has neither a grid nor trials")
+        for trial in self.trials:
+            if both := sorted(self.grid.keys() & trial.set.keys()):
+                raise ValueError(
+                    f"{both[0]} stands in the trial {trial.name} and in the grid: take it out of one of them "
+                    f"(sweep.grid.{both[0]}: null)"
+                )
         twice = [label for label, count in Counter(trial.label for trial in trials_of(self)).items() if count > 1]
         if twice:
             raise ValueError(f"two trials would be called {twice[0]}")
@@ -112,8 +120,8 @@ def trials_of(sweep: SweepConfig) -> list[Trial]:
 
 
 def is_seed(key: str) -> bool:
-    """Whether values of the key make repetitions of one trial, and not another one."""
-    return key.split(".")[-1] == "seed"
+    """Whether values of the key make repetitions of one trial, and not another one, which another teacher would."""
+    return key in ("cmlm.seed", "engine.seed")
 
 
 def _flattened(tree: Any) -> Any:

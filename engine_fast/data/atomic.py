@@ -69,12 +69,14 @@ def only_one(directory: Path) -> Iterator[None]:
     """Make `directory` and hold its .lock, so that two commands never write into it at once.
 
     Warns where the file system has no locks, and goes on: then nothing stops a second command.
-    Raises ConfigError when another process holds the lock, or a file stands where the directory should be.
+    Raises ConfigError when another process holds the lock, or the directory cannot be made.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"{directory}: a file is in the way, expected a directory. Choose another --out.") from error
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be made ({error.strerror}). Choose another --out.") from error
     with (directory / _LOCK).open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -150,10 +150,9 @@ def _sweep(table: PaperTable) -> Figure:
         names = [f"{row['trial']} {row['system']}" for row in table.rows][::-1]
         spreads = [row[key] for row in table.rows][::-1]
         means = [spread["mean"] for spread in spreads]
-        _bars(axis, names if place == 0 else [""] * len(names), means, form=".2f")
-        axis.hlines(
-            range(len(spreads)), [s["range"][0] for s in spreads], [s["range"][1] for s in spreads], color="black"
-        )
+        ends = [spread["range"][1] for spread in spreads]
+        _bars(axis, names if place == 0 else [""] * len(names), means, form=".2f", ends=ends)
+        axis.hlines(range(len(spreads)), [spread["range"][0] for spread in spreads], ends, color="black")
         axis.set_xlabel(label)
     return figure
 
@@ -179,11 +178,15 @@ def _heat(
             axis.text(x, y, format(value, form), ha="center", va="center", color="black" if light else "white")
 
 
-def _bars(axis: Axes, names: Sequence[str], values: Sequence[float], *, form: str) -> None:
+def _bars(
+    axis: Axes, names: Sequence[str], values: Sequence[float], *, form: str, ends: Sequence[float] | None = None
+) -> None:
+    """ends: what the numbers stand behind; default, the bars."""
     colors = [COLORS.get(name.split(",")[0], COLORS["others"]) for name in names]
     places = range(len(values))
-    bars = axis.barh(places, values, color=colors)
-    axis.bar_label(bars, [format(value, form) for value in values], padding=2, fontsize=8)
+    axis.barh(places, values, color=colors)
+    for place, value, end in zip(places, values, values if ends is None else ends, strict=True):
+        axis.annotate(format(value, form), (end, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
     axis.set_yticks(places, labels=list(names))
     axis.margins(x=0.2)
 

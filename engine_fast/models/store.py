@@ -150,10 +150,8 @@ def load_model(
     """
     directory = Path(directory)
     config = _read_config(directory)
-    if kind is not None and kind not in (config["kind"], _role(config["kind"])):
-        raise CheckpointError(
-            f"{directory}: holds a {config['kind']} model, expected a {kind} model. Give the other directory."
-        )
+    if kind is not None:
+        require_kind(directory, kind)
     vocabularies = _read_vocabularies(directory, config)
     try:
         architecture = read_architecture(config["kind"], config["architecture"])
@@ -173,6 +171,13 @@ def load_model(
     if isinstance(model, Teacher):
         model.right_to_left = bool(card.get("right_to_left"))
     return LoadedModel(model, vocabularies[0], vocabularies[1], card)
+
+
+def require_kind(directory: Path, kind: str) -> None:
+    """Raises CheckpointError unless the directory holds a model of `kind`, as load_model has it."""
+    found = _read_config(directory)["kind"]
+    if kind not in (found, _role(found)):
+        raise CheckpointError(f"{directory}: holds a {found} model, expected a {kind} model. Give the other directory.")
 
 
 def load_vocabularies(directory: Path) -> tuple[Vocabulary, Vocabulary]:
@@ -310,6 +315,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{path}: cannot be read ({error}). The directory is damaged: export the model again."
         ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("kind") not in list(KINDS):
+        if isinstance(config, dict) and "model_type" in config:
+            raise CheckpointError(
+                f"{directory}: a model of Hugging Face, expected one of ours. Import it: "
+                f"engine-fast import {directory} --to DIR."
+            )
         got = config.get("format") if isinstance(config, dict) else config
         raise CheckpointError(
             f"{path}: format {got!r}, expected {FORMAT} with kind {' or '.join(KINDS)}. "

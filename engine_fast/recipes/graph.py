@@ -6,7 +6,7 @@ one step, says that they are all there. Both hold the stage's key:
     key = sha256(name, format version, settings, {upstream stage: hash of its outputs})
 
 So kill -9 at any point leaves a stage that is either whole or marked as begun, and a changed input can never mix with
-files made from the old one: the old directory is moved aside as `<stage>.stale-<n>`, and taken back when its inputs are.
+files made from the old one: the old directory is moved aside as `<stage>.stale-<n>`, and taken back with them.
 """
 
 from __future__ import annotations

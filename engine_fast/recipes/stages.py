@@ -15,6 +15,7 @@ from engine_fast.data.prepare import Prepared, prepare
 from engine_fast.data.text import expand_path
 from engine_fast.decoding.distill import distill
 from engine_fast.distributed import World
+from engine_fast.errors import require
 from engine_fast.evaluation.files import write_json
 from engine_fast.evaluation.measure import evaluate_systems
 from engine_fast.evaluation.report import write_report
@@ -25,6 +26,7 @@ from engine_fast.recipes.execute import Say
 from engine_fast.recipes.graph import Stage, ancestors, hash_file, identities, read_record
 from engine_fast.training import Reuse, train_cmlm, train_engine, train_teacher
 from engine_fast.training.ensemble import member_hashes
+from engine_fast.training.networks import require_common_weights, student_architecture
 from engine_fast.training.pretrained import described, vocabularies_of
 
 _WITHOUT_EFFECT = {"log_every", *ROUNDING_ONLY}
@@ -57,11 +59,28 @@ def build_stages(
     bodies = _Bodies(config, world, say, reuse)
     stages = _drafts(config, bodies, prepare_stage)
     wanted = ancestors(stages, last)
+    _check_networks(config, wanted)
     stages = [stage for stage in stages if stage.name in wanted]
     names = identities(stages)
     stages = [(shared or {}).get(names[stage.name]) or replace(stage, directory=out / stage.name) for stage in stages]
     bodies.directories.update({stage.name: stage.place(out) for stage in stages})
     return stages
+
+
+def _check_networks(config: RunConfig, stages: set[str]) -> None:
+    """What a stage would refuse only when those before it have been trained. Raises ConfigError."""
+    if config.teacher.pretrained is None:
+        for name in ("teacher", "cmlm"):
+            tie = getattr(getattr(config, name).architecture, "tie", None)
+            require(
+                config.data.vocabulary.joint or tie != "all" or name not in stages,
+                f"{name}.architecture.tie", tie, "decoder or none with data.vocabulary.joint: false",
+                "The two sides have tables of their own.",
+            )  # fmt: skip
+        if "cmlm" in stages and config.cmlm.from_teacher:
+            require_common_weights(config.teacher.architecture.kind, config.cmlm.architecture.kind)
+    if "engine" in stages:
+        student_architecture(config.cmlm.architecture, config)
 
 
 class _Bodies:

@@ -7,11 +7,14 @@ from pathlib import Path
 from engine_fast.config import EngineConfig
 from engine_fast.data.text import expand_path
 from engine_fast.errors import require
-from engine_fast.models.store import WEIGHTS, fingerprint, stage_model
+from engine_fast.models.store import WEIGHTS, fingerprint, require_kind, stage_model
 
 
 def member_directories(config: EngineConfig) -> list[Path]:
-    """Their model directories; `~` and `${NAME}` in paths are replaced. Raises ConfigError where one is missing."""
+    """Their model directories; `~` and `${NAME}` in paths are replaced.
+
+    Raises ConfigError where one is missing, CheckpointError where one is no teacher.
+    """
     found = []
     for number, member in enumerate(config.ensemble):
         path = expand_path(member.path)
@@ -21,6 +24,7 @@ def member_directories(config: EngineConfig) -> list[Path]:
             f"engine.ensemble[{number}].path", member.path, "a teacher's model directory, or the stage's around one",
             f"There must be config.json and {WEIGHTS}; train that teacher first.",
         )  # fmt: skip
+        require_kind(directory, "teacher")
         found.append(directory)
     return found
 

@@ -7,7 +7,7 @@ from typing import Literal, cast
 
 import torch
 
-from engine_fast.config import EngineConfig, RunConfig
+from engine_fast.config import EngineConfig, RunConfig, StudentArchitecture
 from engine_fast.data.prepared import Prepared
 from engine_fast.errors import VocabularyError, require
 from engine_fast.models import Student, Teacher, freeze, load_model
@@ -53,9 +53,8 @@ def is_changed(config: EngineConfig) -> bool:
     return config.teacher_placement == "sharded" or config.teacher_compile or config.teacher_dropout
 
 
-def student_of(baseline: Student, config: RunConfig) -> Student:
-    """The baseline with engine.architecture's dropout."""
-    architecture = baseline.architecture
+def student_architecture(architecture: StudentArchitecture, config: RunConfig) -> StudentArchitecture:
+    """The baseline's with engine.architecture's dropout. Raises ConfigError where they differ in anything else."""
     if "architecture" in config.engine.model_fields_set:
         asked = config.engine.architecture
         for name in ("kind", *sorted(asked.model_fields_set - _DROPOUTS)):
@@ -66,6 +65,21 @@ def student_of(baseline: Student, config: RunConfig) -> Student:
             )  # fmt: skip
         given = asked.model_fields_set & _DROPOUTS
         architecture = architecture.model_copy(update={name: getattr(asked, name) for name in given})
+    return architecture
+
+
+def require_common_weights(teacher: str, student: str) -> None:
+    """Raises ConfigError for kinds of networks of which the student cannot start from the teacher's weights."""
+    require(
+        (teacher, student) == ("transformer", "transformer"),
+        "cmlm.from_teacher", True, f"false: the teacher is a {teacher} network, the student a {student} one",
+        "Only transformers have weights in common.",
+    )  # fmt: skip
+
+
+def student_of(baseline: Student, config: RunConfig) -> Student:
+    """The baseline with engine.architecture's dropout."""
+    architecture = student_architecture(baseline.architecture, config)
     with WithoutRandomFill():
         student = cast(Student, new_network("student", architecture, baseline.source_size, baseline.target_size))
     student.load_state_dict(baseline.state_dict())

@@ -14,7 +14,13 @@ from engine_fast.data.vocabulary import Vocabulary
 from engine_fast.distributed import start
 from engine_fast.errors import VocabularyError, require
 from engine_fast.models.huggingface.importing import Origin, import_huggingface, read_vocabularies
-from engine_fast.models.store import is_model_directory, load_model, load_vocabularies, save_model
+from engine_fast.models.store import (
+    is_model_directory,
+    load_model,
+    load_vocabularies,
+    require_kind,
+    save_model,
+)
 
 
 def vocabularies_of(pretrained: PretrainedConfig) -> tuple[Vocabulary, Vocabulary]:
@@ -93,6 +99,7 @@ def _own_directory(pretrained: PretrainedConfig) -> Path | None:
         for name in ("revision", "source_language", "target_language", "prompt"):
             value = getattr(pretrained, name)
             require(not value, f"teacher.pretrained.{name}", value, f"none: {path} was imported with its own")
+        require_kind(found, "teacher")
     return found
 
 

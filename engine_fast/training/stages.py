@@ -26,6 +26,7 @@ from engine_fast.training.networks import (
     frozen,
     is_changed,
     load,
+    require_common_weights,
     require_shardable,
     student_of,
 )
@@ -84,12 +85,7 @@ def train_cmlm(
         model = cast(Student, fresh("cmlm", config, prepared))
         if "teacher" in models:
             teacher = load(models["teacher"], "teacher", prepared).model
-            kinds = teacher.architecture.kind, model.architecture.kind
-            require(
-                kinds == ("transformer", "transformer"),
-                "cmlm.from_teacher", True, f"false: the teacher is a {kinds[0]} network, the student a {kinds[1]} one",
-                "Only transformers have weights in common.",
-            )  # fmt: skip
+            require_common_weights(teacher.architecture.kind, model.architecture.kind)
             copy_matching(model, teacher)
         return model, lambda module: CMLMObjective(cast(Student, module), config.cmlm)
 

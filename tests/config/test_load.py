@@ -190,6 +190,20 @@ FILES = {"source": "a", "target": "b"}
         ({"teacher": {"average_last": 2, "ema_decay": 0.9}}, "average_last and ema_decay are two averages"),
         ({"teacher": {"optim": {"betas": [0.9, 1.0]}}}, "each of betas must lie in [0, 1), got (0.9, 1.0)"),
         ({"teacher": {"optim": {"betas": [-0.1, 0.9]}}}, "each of betas must lie in [0, 1)"),
+        ({"seed": True}, "seed = True, expected: a number"),
+        ({"teacher": {"max_epochs": True}}, "teacher.max_epochs = True, expected: a number"),
+        ({"teacher": {"zero_stage": True}}, "teacher.zero_stage = True, expected: a number"),
+        (
+            {"engine": {"optim": {"lr": float("inf")}}},
+            "engine.optim.lr = inf, expected: Input should be a finite number",
+        ),
+        ({"engine": {"repetition_weight": float("nan")}}, "expected: Input should be a finite number"),
+        ({"engine": {"ensemble": [{"path": "x", "weight": float("inf")}]}}, "Input should be a finite number"),
+        ({"evaluate": {"iterations": []}}, "evaluate.iterations = [], expected: List should have at least 1 item"),
+        (
+            {"teacher": {"architecture": "lstm"}},
+            "teacher.architecture = 'lstm', expected: a section, for example teacher.architecture: {kind: transformer}",
+        ),
     ],
 )
 def test_fields_that_do_not_fit_each_other(tree: dict[str, Any], message: str) -> None:

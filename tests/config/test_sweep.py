@@ -34,6 +34,17 @@ def test_listed_trials_are_combined_with_the_grid() -> None:
     assert trials_of(sweep(grid={"engine.seed": [7]}))[0].group == "all"
 
 
+def test_null_takes_out_what_a_base_has() -> None:
+    assert sweep(grid={"engine.o1": None, "engine.seed": [1]}) == sweep(grid={"engine.seed": [1]})
+    assert sweep(grid={"engine": {"o1": None, "seed": [1]}}) == sweep(grid={"engine.seed": [1]})
+    assert len(trials_of(sweep(grid={"engine.seed": [None, 2]}))) == 2
+
+
+def test_another_teacher_is_another_trial_and_no_repetition() -> None:
+    trials = trials_of(sweep(grid={"teacher.seed": [1, 2], "cmlm.seed": [3], "engine.seed": [4, 5]}))
+    assert [trial.group for trial in trials] == ["teacher.seed=1"] * 2 + ["teacher.seed=2"] * 2
+
+
 def test_sections_may_be_written_as_such() -> None:
     nested = sweep(
         grid={"engine": {"optim": {"lr": [1e-4]}, "o1": ["SX"]}}, trials=[{"name": "a", "set": {"cmlm": {"data": "x"}}}]
@@ -69,6 +80,11 @@ def test_labels_are_names_of_directories() -> None:
         ({"trials": [{"name": "-a", "set": {}}]}, "sweep.trials.0.name"),
         ({"trials": [{"name": "a", "set": {"cmlm.seed": 2}}]}, r"seeds belong into sweep.grid, cmlm.seed: \[1\]"),
         ({"trials": [{"name": "a", "set": {}}, {"name": "a", "set": {}}]}, "two trials would be called a"),
+        (
+            {"trials": [{"name": "a", "set": {"engine.o1": "SX"}}], "grid": {"engine.o1": ["ST"]}},
+            r"engine.o1 stands in the trial a and in the grid: take it out of one of them \(sweep.grid.engine.o1: null",
+        ),
+        ({"grid": {"engine.seed": [None, 1]}}, r"sweep.grid.engine.seed has a seed twice: \[None, 1\], and null is"),
         ({"grid": {"engine.o1": ["SX"]}, "process": 2}, "sweep.process is not a known key. Did you mean 'processes'"),
     ],
 )  # fmt: skip

@@ -112,6 +112,10 @@ def test_damaged_weights_are_named(saved, damage):
     ("change", "message"),
     [
         (lambda c: c.update(format=99), "format 99, expected 1"),
+        (
+            lambda c: c.update(format=None, model_type="marian"),
+            "a model of Hugging Face, .* engine-fast import .* --to",
+        ),
         (lambda c: c.pop("architecture"), "architecture missing"),
         (lambda c: c["architecture"].update(width=-1), "architecture cannot be used"),
         (lambda c: c["architecture"].update(ffn_width=8), r"contract.weight has shape \(16, 24\), expected \(16, 8\)"),

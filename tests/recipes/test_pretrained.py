@@ -115,7 +115,7 @@ def test_a_teacher_of_other_vocabularies_is_refused(marian: Path, tmp_path: Path
     with pytest.raises(VocabularyError, match="Prepare it with this configuration"):
         train_teacher(config_for(other), prepared, tmp_path / "teacher")
     student = {"architecture": STUDENT | {"max_positions": 65}}
-    longer = micro_config(teacher={"pretrained": {"path": str(marian)}}, cmlm=student)
+    longer = micro_config(teacher={"pretrained": {"path": str(marian)}}, cmlm=student, engine=student)
     with pytest.raises(ConfigError, match=r"cmlm\.architecture\.max_positions = 65, expected at most 64"):
         until("teacher", longer, tmp_path / "longer")
     backwards = micro_config(teacher={"pretrained": {"path": str(marian)}, "right_to_left": True})

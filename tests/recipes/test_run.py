@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from engine_fast.config import load_config
-from engine_fast.errors import CheckpointError, ConfigError
+from engine_fast.errors import CheckpointError, ConfigError, DataError
 from engine_fast.recipes.demo import demo_config
 from engine_fast.recipes.run import run
 from tests.distributed.torchrun import torchrun
@@ -58,6 +58,45 @@ def test_recurrent_networks_pass_through_every_stage(tmp_path: Path) -> None:
     labels = ["teacher-greedy", "teacher-beam", "cmlm.i1.k5", "cmlm.i1.k1", "engine.i1.k3", "engine.i1.k1"]
     assert [row["label"] for row in rows] == labels  # more passes would change nothing
     assert all(math.isfinite(row["energy"]) for row in rows)
+
+
+TAGGER = {"kind": "bilstm", "embedding_width": 16, "width": 16, "max_positions": 32}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"engine": {"architecture": TAGGER}}, r"engine\.architecture\.kind = 'bilstm', expected the CMLM's, 'trans"),
+        ({"engine": {"architecture": {"width": 8}}}, r"engine\.architecture\.width = 8, expected the CMLM's, 16"),
+        ({"cmlm": {"architecture": TAGGER, "from_teacher": True}}, r"cmlm\.from_teacher = True, expected false"),
+        (
+            {"data": {"vocabulary": {"size": 64, "joint": False}}},
+            r"teacher\.architecture\.tie = 'all', expected decoder",
+        ),
+    ],
+)
+def test_networks_that_do_not_fit_are_found_before_any_is_trained(
+    tmp_path: Path, sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _run(tmp_path / "run", **sections)
+    assert not [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()]
+
+
+def test_a_text_that_is_not_there_is_named_and_costs_nothing(copied: Path, tmp_path: Path) -> None:
+    """Nor does another setting that cannot be used: the stage that was finished is there when it is taken out."""
+    missing = {"source": str(tmp_path / "none"), "target": str(tmp_path / "none")}
+    data = {"synthetic": None, "train": missing, "valid": missing, "test": missing}
+    with pytest.raises(DataError, match=r"none: cannot be read \(No such file or directory\)"):
+        _run(copied, data=data)
+    with pytest.raises(CheckpointError, match="holds a cmlm model, expected a teacher model"):
+        _run(copied, teacher={"pretrained": {"path": str(copied / "cmlm")}})
+    assert all(line.endswith("done before, inputs unchanged") for line in _run(copied))
+
+
+def test_a_place_that_cannot_be_made_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"/proc/engine_fast/run: cannot be made \(.*\)\. Choose another --out"):
+        _run(Path("/proc/engine_fast/run"))
 
 
 def test_results_have_the_agreed_shape(finished: Path) -> None:

@@ -162,11 +162,28 @@ def _network(transformers: Any, origin: Origin, config: Any) -> Any:
 
 
 def _tokenizer(transformers: Any, origin: Origin) -> Any:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(origin.path, revision=origin.revision)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(origin.path, revision=origin.revision)
+    except TypeError as error:  # it opens a file that it was told is not there
+        settings = _json(origin.fetch("tokenizer_config.json"))
+        kind = str(settings.get("tokenizer_class"))
+        names = {*dict(getattr(getattr(transformers, kind, None), "vocab_files_names", {})).values()}
+        optional = set() if settings.get("separate_vocabs") else {"target_vocab.json"}
+        absent = sorted(name for name in names - optional if origin.fetch(name) is None)
+        if not absent:
+            raise
+        told = f"{origin.path}: {', '.join(absent)} missing, which its {kind} reads. Fetch it again."
+        raise CheckpointError(told) from error
     if hasattr(tokenizer, "punc_normalizer"):
         # Marian's, where sacremoses happens to be installed: text would depend on what else is on the machine.
         tokenizer.punc_normalizer = str
     return tokenizer
+
+
+def _json(path: str | None) -> dict[str, Any]:
+    """A file's object; {} where there is none."""
+    found = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else {}
 
 
 def _sides(tokenizer: Any, origin: Origin, sizes: tuple[int, int]) -> tuple[tokens.Side, tokens.Side]:
@@ -245,6 +262,8 @@ def _explained(origin: Origin) -> Iterator[None]:
     except Exception as error:  # a damaged file surfaces as almost any exception
         text = str(error).strip()
         first = text.splitlines()[0] if text else type(error).__name__
+        if "report" in first:
+            first = "its weights are not those of the network in its config.json"
         if "weights_only" in text or "WeightsUnpickler" in text or "pickle" in text.lower():
             raise CheckpointError(
                 f"{origin.path}: its weights are a pickle that holds more than tensors, which is not loaded from "
@@ -263,8 +282,10 @@ def _explained(origin: Origin) -> Iterator[None]:
 @contextmanager
 def _quietly(transformers: Any) -> Iterator[None]:
     """Without transformers' progress bars and advice: what matters is raised."""
-    level = transformers.logging.get_verbosity()
+    level, hub = transformers.logging.get_verbosity(), logging.getLogger("huggingface_hub")
+    hub_level = hub.level
     transformers.logging.set_verbosity(logging.CRITICAL)
+    hub.setLevel(logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -272,3 +293,4 @@ def _quietly(transformers: Any) -> Iterator[None]:
             yield
     finally:
         transformers.logging.set_verbosity(level)
+        hub.setLevel(hub_level)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,8 @@ def languages(tokenizer: Any, side: Side, source: str | None, target: str | None
                     f"{origin}: {which}_language = {code!r}, but this model knows one pair: leave it out."
                 )
         return ""
-    known = [
-        *getattr(tokenizer, "lang_code_to_id", {}),
-        *(token for token in tokenizer.all_special_tokens if token not in SYMBOLS),
-    ]
+    special = (token for token in tokenizer.all_special_tokens if token not in SYMBOLS)
+    known = {*getattr(tokenizer, "lang_code_to_id", {}), *special}
     for which, code in (("source", source), ("target", target)):
         if code is None or code not in known:
             _refuse(which, code, sorted(known), origin)
@@ -151,8 +150,9 @@ def _side(
         "<unk>": "unk_token",
         "<mask>": "mask_token",
     }
+    own: dict[str, int | None]
     if apart:
-        own = {symbol: numbers.get(getattr(tokenizer, name, None)) for symbol, name in symbols.items()}
+        own = {symbol: numbers.get(str(getattr(tokenizer, name, None))) for symbol, name in symbols.items()}
         special = {row for name in tokenizer.all_special_tokens if (row := numbers.get(name)) is not None}
     else:
         own = {symbol: getattr(tokenizer, f"{name}_id", None) for symbol, name in symbols.items()}
@@ -160,12 +160,11 @@ def _side(
     own["<s>"] = numbers.get("<s>") if own["<s>"] is None else own["<s>"]
     if own["</s>"] is None or own["<unk>"] is None:
         raise VocabularyError(f"{origin}: its tokenizer has no end symbol or no unknown one, expected both: {own}.")
-    rows: list[int] = []
+    symbol_rows: dict[str, int] = {}
     for symbol in ("</s>", "<unk>", "<pad>", "<s>", "<mask>"):  # a row that serves twice goes to the first
-        if own[symbol] is None or own[symbol] in rows:
-            own[symbol] = LACKING
-        rows.append(own[symbol])
-    rows = [own[symbol] for symbol in SYMBOLS]
+        row = own[symbol]
+        symbol_rows[symbol] = LACKING if row is None or row in symbol_rows.values() else row
+    rows = [symbol_rows[symbol] for symbol in SYMBOLS]
     taken = set(rows)
     rows += [row for row in range(size) if row not in taken]
     named = {number: piece for piece, number in numbers.items()}
@@ -197,6 +196,8 @@ def _around(theirs: list[int], own: list[int]) -> tuple[list[int], list[int]] | 
 
 
 def _refuse(which: str, code: str | None, known: list[str], origin: str) -> None:
+    near = get_close_matches(code or "", known, _FEW, 0.3)
+    known = [*near, *(each for each in known if each not in near)]
     some = ", ".join(known[:_FEW]) + (", ..." if len(known) > _FEW else "")
     got = f"{which}_language = {code!r}" if code is not None else f"no {which}_language is given"
     raise ConfigError(f"{origin}: {got}, and this model knows many: choose one of {some}.")
