@@ -1,7 +1,7 @@
 """One typed schema for everything a user can set."""
 
 from engine_fast.config.data import DataConfig, FilterConfig, SyntheticConfig, TextPair, VocabularyConfig
-from engine_fast.config.load import dump_config, find_config, load_config, parse_config
+from engine_fast.config.load import config_tree, dump_config, find_config, load_config, parse_config
 from engine_fast.config.model import (
     AnyArchitecture,
     Architecture,
@@ -56,6 +56,7 @@ __all__ = [
     "TextPair",
     "TrainConfig",
     "VocabularyConfig",
+    "config_tree",
     "dump_config",
     "find_config",
     "load_config",

@@ -20,9 +20,17 @@ class Section(BaseModel):
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML's yes and true, which pydantic would take for 1."""
         assert info.field_name is not None
-        if isinstance(value, bool) and _takes_only_numbers(cls.model_fields[info.field_name].annotation):
+        if _is_truth_for_number(value, cls.model_fields[info.field_name].annotation):
             raise ValueError("a number")
         return value
+
+
+def _is_truth_for_number(value: Any, annotation: Any) -> bool:
+    """Whether it is true or false, or holds one, where the annotation has numbers only."""
+    if isinstance(value, list | tuple) and get_origin(annotation) in (list, tuple):
+        inner = [each for each in get_args(annotation) if each is not Ellipsis]
+        return all(map(_takes_only_numbers, inner)) and any(isinstance(each, bool) for each in value)
+    return isinstance(value, bool) and _takes_only_numbers(annotation)
 
 
 def _takes_only_numbers(annotation: Any) -> bool:

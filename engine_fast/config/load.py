@@ -131,11 +131,18 @@ def parse_config(tree: dict[str, Any], origin: str = "config") -> RunConfig:
 
 def dump_config(config: BaseModel) -> str:
     """The effective configuration as YAML; load_config reads it back to an equal object."""
+    return yaml.dump(config_tree(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def config_tree(config: BaseModel) -> dict[str, Any]:
+    """The effective configuration as JSON has it; parse_config reads it back to an equal object."""
     tree = config.model_dump(mode="json", exclude_none=True)
+    # engine.architecture is the CMLM's, whatever that is: a default written down would count as asked for.
     if isinstance(config, RunConfig) and "architecture" not in config.engine.model_fields_set:
-        # The CMLM's, whatever that is: a default written down would count as asked for.
         del tree["engine"]["architecture"]
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    elif isinstance(config, RunConfig):
+        tree["engine"]["architecture"] = config.engine.architecture.model_dump(mode="json", exclude_unset=True)
+    return tree
 
 
 def put_all(tree: dict[str, Any], settings: Sequence[tuple[str, Any, str]]) -> None:

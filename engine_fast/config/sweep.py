@@ -29,7 +29,7 @@ class ListedTrial(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
     """Of the trial, and of its directory."""
     set: dict[str, Any]
-    """section.key -> value; sections may also be written as such. Seeds belong into the grid."""
+    """section.key -> value; sections may also be written as such. engine.seed and cmlm.seed belong into the grid."""
 
     @field_validator("set", mode="before")
     @classmethod
@@ -60,7 +60,9 @@ class SweepConfig(Section):
     @classmethod
     def _flat(cls, grid: Any) -> Any:
         flat = _flattened(grid)
-        return {key: values for key, values in flat.items() if values is not None} if isinstance(flat, dict) else flat
+        if not isinstance(flat, dict):
+            return flat
+        return {key: values for key, values in _checked(flat).items() if values is not None}
 
     @field_validator("grid")
     @classmethod
@@ -131,10 +133,10 @@ def _flattened(tree: Any) -> Any:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         below = _flattened(value)
-        if isinstance(below, dict):
-            flat |= {f"{key}.{rest}": leaf for rest, leaf in below.items()}
-        else:
-            flat[str(key)] = value
+        nested = isinstance(below, dict)
+        leaves = {f"{key}.{rest}": leaf for rest, leaf in below.items()} if nested else {str(key): value}
+        for name, leaf in leaves.items():  # null wins, whichever way it is written
+            flat[name] = None if name in flat and flat[name] is None else leaf
     return flat
 
 

@@ -69,7 +69,7 @@ def only_one(directory: Path) -> Iterator[None]:
     """Make `directory` and hold its .lock, so that two commands never write into it at once.
 
     Warns where the file system has no locks, and goes on: then nothing stops a second command.
-    Raises ConfigError when another process holds the lock, or the directory cannot be made.
+    Raises ConfigError when another process holds the lock, or the directory cannot be made or written to.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,11 @@ def only_one(directory: Path) -> Iterator[None]:
         raise ConfigError(f"{directory}: a file is in the way, expected a directory. Choose another --out.") from error
     except OSError as error:
         raise ConfigError(f"{directory}: cannot be made ({error.strerror}). Choose another --out.") from error
-    with (directory / _LOCK).open("w") as stream:
+    try:
+        opened = (directory / _LOCK).open("w")
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be written to ({error.strerror}). Choose another --out.") from error
+    with opened as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -102,7 +106,11 @@ def try_only_one(directory: Path) -> Iterator[bool]:
     Raises ConfigError where the file system has no locks: several processes cannot share work there.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / _LOCK).open("w") as stream:
+    try:
+        opened = (directory / _LOCK).open("w")
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be written to ({error.strerror}). Choose another --out.") from error
+    with opened as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -72,6 +72,7 @@ class Graphs:
     def __init__(self, record: Record, *, max_graphs: int = MAX_GRAPHS) -> None:
         self._record, self._max_graphs = record, max_graphs
         self._seen: set[Hashable] = set()
+        self._failed: set[Hashable] = set()
         self._kept: dict[Hashable, tuple[Tensors, Replay, Tensors]] = {}
 
     def worth(self, key: Hashable) -> bool:
@@ -80,7 +81,7 @@ class Graphs:
             return True
         known = key in self._seen
         self._seen.add(key)
-        return known and len(self._kept) < self._max_graphs
+        return known and key not in self._failed and len(self._kept) < self._max_graphs
 
     def run(
         self,
@@ -91,14 +92,16 @@ class Graphs:
     ) -> Tensors:
         """Copies of the outputs, which are as large as the buffers, of function(*buffers) after fill(*buffers).
 
-        make() gives the buffers of a new `key`. Where it raises, nothing is kept.
+        make() gives the buffers of a new `key`. Where that, or recording, raises, the key is not worth it any more.
         """
         # inference_mode would make buffers that nothing outside of it may write to
         with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad():
             if key not in self._kept:
+                self._failed.add(key)  # until it is there
                 buffers = make()
                 fill(*buffers)
                 self._kept[key] = buffers, *self._record(lambda: function(*buffers))
+                self._failed.discard(key)
             buffers, replay, outputs = self._kept[key]
             fill(*buffers)
             replay()
@@ -183,7 +186,8 @@ def _decode(
     stack = weak()
     assert stack is not None, "a stack is alive while it is called"
     (rows, length, width), limit = embedded_NTD.shape, stack.config.max_positions
-    if length > limit or _runs_as_before(stack, max(rows * length, memory.mask.numel())):
+    positions = max(rows * length, memory.mask.numel()) if rows * length else 0
+    if length > limit or _runs_as_before(stack, positions):
         return Decoder.forward(stack, memory, embedded_NTD, target_mask_NT)
     sentences, source_length = memory.mask.shape
     all_sentences, all_source = rounded_count(sentences), rounded_length(source_length)

@@ -54,7 +54,7 @@ def run_graph(
     check_order(stages, hashes)
     for stage in stages:
         directory = stage.place(out)
-        plan = world.on_main(partial(_decide, stage, directory, hashes, redo, say))
+        plan = world.on_main(partial(_decide, stage, directory, hashes, redo, only, say))
         if plan.state == "done":
             _tell(world, say, f"{stage.name}: done before, inputs unchanged")
         else:
@@ -75,12 +75,20 @@ def run_graph(
     return hashes
 
 
-def _decide(stage: Stage, directory: Path, hashes: dict[str, str], redo: Sequence[str], say: Say) -> Plan:
+def _decide(
+    stage: Stage,
+    directory: Path,
+    hashes: dict[str, str],
+    redo: Sequence[str],
+    only: Sequence[str] | None,
+    say: Say,
+) -> Plan:
     plan = plan_stage(stage, directory, hashes)
-    old = take_back(stage, directory, plan, hashes)
-    if old is not None:
-        say(f"{stage.name}: the files in {old.name} were made from these inputs, and are taken back")
-        plan = plan_stage(stage, directory, hashes)
+    if plan.state == "changed" and stage.name not in redo and (only is None or stage.name in only):
+        old = take_back(stage, directory, hashes)
+        if old is not None:
+            say(f"{stage.name}: the files in {old.name} were made from these inputs, and are taken back")
+            plan = plan_stage(stage, directory, hashes)
     if plan.state == "done" and stage.name in redo:
         return Plan("changed", plan.key, "asked to run again")
     return plan

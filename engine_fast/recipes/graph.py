@@ -24,6 +24,7 @@ from typing import Any, Literal
 from engine_fast import __version__
 from engine_fast.data.atomic import sha256_of
 from engine_fast.distributed.presence import beat
+from engine_fast.errors import DataError
 from engine_fast.evaluation.files import write_json
 
 FORMAT = 1
@@ -94,16 +95,20 @@ def plan_stage(stage: Stage, directory: Path, outputs: Mapping[str, str]) -> Pla
     return Plan("done", key)
 
 
-def take_back(stage: Stage, directory: Path, plan: Plan, outputs: Mapping[str, str]) -> Path | None:
-    """Where the stage's inputs are again those of a finished one that was moved aside: change places with the present
-    directory. Returns which it was."""
-    if plan.state != "changed":
+def take_back(stage: Stage, directory: Path, outputs: Mapping[str, str]) -> Path | None:
+    """Let the last directory that was begun for these inputs, and moved aside, change places with the present one, if
+    it is whole or can be continued. Returns which it was."""
+    key = stage_key(stage, outputs)
+    found = []
+    for path in directory.parent.glob(f"{directory.name}.stale-*"):
+        begun = read_json(path / "begun.json") if path.is_dir() else None
+        if begun is not None and begun.get("key") == key:
+            found.append((float(begun.get("time", 0.0)), path))
+    old = max(found)[1] if found else None
+    if old is None or plan_stage(stage, old, outputs).state not in ("done", "resumed"):
         return None
-    kept = sorted(directory.parent.glob(f"{directory.name}.stale-*"), key=lambda path: path.stat().st_mtime)
-    old = next((path for path in reversed(kept) if plan_stage(stage, path, outputs).state == "done"), None)
-    if old is not None:
-        _move_aside(directory)
-        old.rename(directory)
+    _move_aside(directory)
+    old.rename(directory)
     return old
 
 
@@ -112,7 +117,8 @@ def begin(stage: Stage, directory: Path, plan: Plan, outputs: Mapping[str, str])
     moved = _move_aside(directory) if plan.state in ("changed", "damaged") else None
     directory.mkdir(parents=True, exist_ok=True)
     if plan.state != "resumed":
-        write_json(directory / "begun.json", {"key": plan.key, "inputs": _inputs(stage, outputs)})
+        begun = {"key": plan.key, "inputs": _inputs(stage, outputs), "time": time.time()}
+        write_json(directory / "begun.json", begun)
     return moved
 
 
@@ -129,7 +135,10 @@ def _damaged(directory: Path, finished: dict[str, Any]) -> str | None:
         path = directory / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             return str(name)
-        if entry["bytes"] <= _SMALL and hash_file(path) != entry["sha256"]:
+        try:
+            if entry["bytes"] <= _SMALL and hash_file(path) != entry["sha256"]:
+                return str(name)
+        except DataError:  # it cannot be read, or another process has just moved it aside
             return str(name)
     return None
 

@@ -46,7 +46,7 @@ def run(
         if config.sweep is not None:
             run_sweep(config, out, world=world, say=say)
         else:
-            stages = build_stages(config, out, world=world, say=say)
+            stages = build_stages(config, out, world=world, say=say, trains=only is None)
             if table is not None:
                 stages.append(run_stage(config, out))
                 only = None if only is None else [*only, table]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine_fast.config import ROUNDING_ONLY, DataConfig, RunConfig
+from engine_fast.config import ROUNDING_ONLY, DataConfig, RunConfig, config_tree
 from engine_fast.data import report, shards
 from engine_fast.data.catalog import resolve_config
 from engine_fast.data.corpus import ParallelCorpus
@@ -46,6 +46,7 @@ def build_stages(
     shared: Mapping[str, Stage] | None = None,
     prepare_stage: Stage | None = None,
     reuse: Reuse | None = None,
+    trains: bool = True,
 ) -> list[Stage]:
     """The graph of `config`, in an order in which it can run: what `last` needs, and no stage besides.
 
@@ -54,12 +55,14 @@ def build_stages(
     Args: out: where each stage has a directory of its name. shared: stages of other graphs by what identities() gives;
         one that does the same work as a stage of this graph stands in its place, with its directory.
         prepare_stage: of a run with the same seed and data, whose text then need not be hashed again. reuse: what the
-        stages of several graphs load and compute once.
+        stages of several graphs load and compute once. trains: False where trained stages have to be done already.
+    Raises ConfigError for networks that do not fit each other, if they may be trained.
     """
     bodies = _Bodies(config, world, say, reuse)
     stages = _drafts(config, bodies, prepare_stage)
     wanted = ancestors(stages, last)
-    _check_networks(config, wanted)
+    if trains:
+        _check_networks(config, wanted)
     stages = [stage for stage in stages if stage.name in wanted]
     names = identities(stages)
     stages = [(shared or {}).get(names[stage.name]) or replace(stage, directory=out / stage.name) for stage in stages]
@@ -232,7 +235,7 @@ def _provenance(config: RunConfig, directories: Mapping[str, Path], world: World
     found = {stage: record for stage, record in records.items() if record is not None}
     return {
         "seed": config.seed,
-        "config": config.model_dump(mode="json", exclude_none=True),
+        "config": config_tree(config),
         "versions": versions(),
         "machine": machine(world.device),
         "corpus": data.report,

@@ -157,9 +157,9 @@ def work(graphs: Sequence[TrialGraph], *, world: World, say: Say) -> None:
 
 def await_others(graphs: Sequence[TrialGraph]) -> None:
     """Until every trial is done or has failed, or nobody has been seen at work on the rest for a while."""
-    seen = time.monotonic()
+    seen, left = time.monotonic(), graphs
     with patient("waiting for the trials of other ranks"):
-        while left := [graph for graph in graphs if not _is_over(graph)]:
+        while left := [graph for graph in left if not _is_over(graph)]:
             if any(is_held(graph.directory) for graph in left):
                 seen = time.monotonic()
             elif time.monotonic() - seen > _QUIET_SECONDS:

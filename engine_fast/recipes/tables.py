@@ -74,7 +74,7 @@ def _check_sweep(config: RunConfig) -> None:
         complete = all(key in trial.values for trial in trials for key in _OPERATORS)
         require(
             complete and not others, "sweep", sorted(others) or list(sweep.grid),
-            "engine.o1 and engine.o2 in each trial of table2, and seeds, but nothing else",
+            "engine.o1 and engine.o2 in each trial of table2, and engine.seed or cmlm.seed, but nothing else",
         )  # fmt: skip
         pairs = {tuple(trial.values[key] for key in _OPERATORS) for trial in trials}
         groups = {trial.group for trial in trials}

@@ -199,6 +199,8 @@ FILES = {"source": "a", "target": "b"}
         ),
         ({"engine": {"repetition_weight": float("nan")}}, "expected: Input should be a finite number"),
         ({"engine": {"ensemble": [{"path": "x", "weight": float("inf")}]}}, "Input should be a finite number"),
+        ({"evaluate": {"iterations": [1, True]}}, "evaluate.iterations = [1, True], expected: a number"),
+        ({"teacher": {"optim": {"betas": [False, 0.9]}}}, "teacher.optim.betas = [False, 0.9], expected: a number"),
         ({"evaluate": {"iterations": []}}, "evaluate.iterations = [], expected: List should have at least 1 item"),
         (
             {"teacher": {"architecture": "lstm"}},

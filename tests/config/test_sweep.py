@@ -37,6 +37,8 @@ def test_listed_trials_are_combined_with_the_grid() -> None:
 def test_null_takes_out_what_a_base_has() -> None:
     assert sweep(grid={"engine.o1": None, "engine.seed": [1]}) == sweep(grid={"engine.seed": [1]})
     assert sweep(grid={"engine": {"o1": None, "seed": [1]}}) == sweep(grid={"engine.seed": [1]})
+    both = {"engine": {"o1": None}, "engine.o1": ["SX"], "engine.seed": [1]}
+    assert sweep(grid=both) == sweep(grid=dict(reversed(both.items()))) == sweep(grid={"engine.seed": [1]})
     assert len(trials_of(sweep(grid={"engine.seed": [None, 2]}))) == 2
 
 
@@ -72,6 +74,7 @@ def test_labels_are_names_of_directories() -> None:
         ({"grid": {"seed": [1, 2]}}, "seed would change the corpus .* Vary engine.seed"),
         ({"grid": {"data.corpus": ["a"]}}, "'data.corpus' is no key that a trial may set: section.key of teacher"),
         ({"grid": {"engine": [1]}}, "'engine' is no key"),
+        ({"grid": {"nonsense": None, "engine.seed": [1]}}, "'nonsense' is no key"),
         ({"grid": {"evaluate.split": ["valid", "test"]}}, "evaluate.split would compare figures of two corpora"),
         ({"trials": [{"name": "a", "set": {"evaluate": {"split": "test"}}}]}, "evaluate.split would compare"),
         ({"grid": {"teacher.pretrained.path": ["a", "b"]}}, "may bring another vocabulary"),

@@ -132,10 +132,41 @@ def test_what_was_moved_aside_is_taken_back_when_it_is_wanted_again(toy: Toy) ->
     assert "copy: the files in copy.stale-1 were made from these inputs, and are taken back" in toy.said
     assert toy.text("double") == "11"
     assert sorted(path.name for path in toy.out.iterdir() if "stale" in path.name) == ["copy.stale-2"]
+    (toy.out / "copy.stale-9.tar").write_text("somebody's")
     toy.go(2)
+    assert "copy: was interrupted, continuing" in toy.said
     toy.go(1)
     assert toy.runs == ["copy", "double", "copy", "copy", "double"]
     assert toy.text("double") == "11"
+
+
+def test_what_is_asked_to_run_again_is_not_taken_back(toy: Toy) -> None:
+    toy.go(1)
+    toy.go(2)
+    toy.go(1, redo=["copy"])
+    assert toy.runs == ["copy", "double", "copy", "double", "copy"]
+    assert not any("copy.stale" in line and "taken back" in line for line in toy.said)
+
+
+def test_the_last_attempt_is_taken_back_and_no_older_one(toy: Toy) -> None:
+    toy.go(1)
+    toy.interrupt = "copy"
+    with pytest.raises(KeyboardInterrupt):
+        toy.go(1, redo=["copy"])  # what is there is not wanted
+    toy.interrupt = None
+    toy.go(2)
+    (toy.out / "copy.stale-1").touch()
+    toy.go(1)
+    assert "copy: was interrupted, continuing" in toy.said
+    assert toy.runs.count("copy") == 4
+
+
+def test_where_a_stage_must_not_run_nothing_is_taken_back(toy: Toy) -> None:
+    toy.go(1)
+    toy.go(2)
+    with pytest.raises(CheckpointError, match="stage copy is not done for this configuration"):
+        toy.go(1, only=["double"])
+    assert toy.text("copy") == "2"
 
 
 def test_a_damaged_one_is_not_taken_back(toy: Toy) -> None:

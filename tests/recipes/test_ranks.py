@@ -38,9 +38,9 @@ def assert_same(config: RunConfig, place: Path, *of_ranks: str, stages: tuple[st
             assert len(losses[0]) >= 2
             assert losses[1] == pytest.approx(losses[0], rel=1e-4), (stage, kind)
     rows = [json.loads((out / "results.json").read_text())["systems"] for out in (one, two)]
-    for key, near in (("label", list), ("bleu", pytest.approx), ("energy", pytest.approx)):
-        found = [[row[key] for row in each] for each in rows]
-        assert found[1] == near(found[0]), key
+    for key in ("bleu", "energy"):
+        found = [{row["label"]: row[key] for row in each} for each in rows]
+        assert found[1] == pytest.approx(found[0], rel=1e-4), key
     return two
 
 

@@ -94,9 +94,21 @@ def test_a_text_that_is_not_there_is_named_and_costs_nothing(copied: Path, tmp_p
     assert all(line.endswith("done before, inputs unchanged") for line in _run(copied))
 
 
-def test_a_place_that_cannot_be_made_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"/proc/engine_fast/run: cannot be made \(.*\)\. Choose another --out"):
-        _run(Path("/proc/engine_fast/run"))
+def test_a_place_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"x: cannot be made \(File name too long\)\. Choose another --out"):
+        _run(tmp_path / ("x" * 300))
+
+
+def test_a_student_with_an_architecture_of_its_own_can_be_evaluated_again(tmp_path: Path) -> None:
+    """From the configuration that the run has written down."""
+    out = tmp_path / "run"
+    engine = micro_config().engine.architecture.model_dump(exclude_unset=True) | {"dropout": 0.2}
+    _run(out, engine=micro_config().engine.model_dump(exclude_unset=True) | {"architecture": engine})
+    written = load_config(out / "config.yaml", ["evaluate.iterations=[1]"])
+    said: list[str] = []
+    assert run(written, out, say=said.append, only=("evaluate", "report")) is not None
+    assert [line for line in said if "running again" in line] != []
+    assert load_config(out / "config.yaml").engine.architecture.dropout == 0.2
 
 
 def test_results_have_the_agreed_shape(finished: Path) -> None:

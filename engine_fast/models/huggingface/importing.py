@@ -168,7 +168,8 @@ def _tokenizer(transformers: Any, origin: Origin) -> Any:
         settings = _json(origin.fetch("tokenizer_config.json"))
         kind = str(settings.get("tokenizer_class"))
         names = {*dict(getattr(getattr(transformers, kind, None), "vocab_files_names", {})).values()}
-        optional = set() if settings.get("separate_vocabs") else {"target_vocab.json"}
+        optional = {"tokenizer.json", "tokenizer_config.json"}
+        optional |= set() if settings.get("separate_vocabs") else {"target_vocab.json"}
         absent = sorted(name for name in names - optional if origin.fetch(name) is None)
         if not absent:
             raise
@@ -262,7 +263,7 @@ def _explained(origin: Origin) -> Iterator[None]:
     except Exception as error:  # a damaged file surfaces as almost any exception
         text = str(error).strip()
         first = text.splitlines()[0] if text else type(error).__name__
-        if "report" in first:
+        if "look at the above report" in first:
             first = "its weights are not those of the network in its config.json"
         if "weights_only" in text or "WeightsUnpickler" in text or "pickle" in text.lower():
             raise CheckpointError(

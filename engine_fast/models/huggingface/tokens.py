@@ -152,7 +152,8 @@ def _side(
     }
     own: dict[str, int | None]
     if apart:
-        own = {symbol: numbers.get(str(getattr(tokenizer, name, None))) for symbol, name in symbols.items()}
+        named = {symbol: getattr(tokenizer, name, None) for symbol, name in symbols.items()}
+        own = {symbol: None if name is None else numbers.get(name) for symbol, name in named.items()}
         special = {row for name in tokenizer.all_special_tokens if (row := numbers.get(name)) is not None}
     else:
         own = {symbol: getattr(tokenizer, f"{name}_id", None) for symbol, name in symbols.items()}
@@ -167,10 +168,10 @@ def _side(
     rows = [symbol_rows[symbol] for symbol in SYMBOLS]
     taken = set(rows)
     rows += [row for row in range(size) if row not in taken]
-    named = {number: piece for piece, number in numbers.items()}
+    pieces_of = {number: piece for piece, number in numbers.items()}
     pieces, silent = list(SYMBOLS), []
     for row in rows[NUM_SPECIAL:]:
-        piece = named.get(row)
+        piece = pieces_of.get(row)
         if piece is None or row in special or (piece.startswith(">>") and piece.endswith("<<")):
             silent.append(len(pieces))
         pieces.append(piece or (f"<row {row}>" if apart else _name(tokenizer, row)))
