@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -229,7 +230,7 @@ def test_workers_tell_what_failed(copied: Path) -> None:
     # the students' start is gone, but its record says that it is there: both trials fail, in whichever process
     (copied / "cmlm" / "model" / "model.safetensors").write_bytes(b"")
     record = json.loads((copied / "cmlm" / "stage.json").read_text())
-    record["outputs"]["model/model.safetensors"]["bytes"] = 0
+    record["outputs"]["model/model.safetensors"] = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
     (copied / "cmlm" / "stage.json").write_text(json.dumps(record))
     with pytest.raises(SweepError, match=r"2 of 4 trials are not done: o1=SX,o2=ST,seed=1 \(.*model"):
         go(pairs(processes=2), copied)
