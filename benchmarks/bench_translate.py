@@ -11,7 +11,8 @@ trained   teacher and ENGINE of the run directory --run, the text it was evaluat
 Batch 1 is latency (p50, p95 over sentences) and throughput, batches of 8, 32 and 128 throughput: sentences a second in
 each round, then median and spread over rounds. A batch is what one call is given: engine_fast and its exported script
 cut it as they do for any user, the others compute it at once. Batch 128 is measured in the first and the last round
-alone. A measurement ends after about --cap seconds, so slow systems translate fewer sentences, and a batch that would
+alone. On a GPU `graphs` are the students with recorded CUDA graphs; the recording is inside of the clock, too.
+A measurement ends after about --cap seconds, so slow systems translate fewer sentences, and a batch that would
 take several times that long is left out.
 Writes benchmarks/results/translate.json, translate.md and translate.{png,svg}; exits with 1 below a floor of
 benchmarks/floors.toml. --smoke: tiny models, one system of each kind, one round; judges and writes nothing.

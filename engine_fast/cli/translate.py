@@ -100,23 +100,22 @@ def translate(
     }  # fmt: skip
     settings: dict[str, Any] = {
         "precision": precision,
-        "cuda_graphs": cuda_graphs,
         "n_best": n_best,
         "remove_repeats": remove_repeats,
         "window": window or (1 if waits else DEFAULT_WINDOW),
         "too_long": too_long,
         **{name: value for name, value in given.items() if value is not None},
     }
+    how = {"teacher": rerank, "device": device, "cuda_graphs": cuda_graphs, **settings}
     errors: DecodingErrors = "strict" if encoding_errors == "strict" else "surrogateescape"
     with ExitStack() as stack:
         stack.enter_context(plain_warnings())
         translator: Translator | Workers
         if workers > 1:
-            how = {"teacher": rerank, "device": device, **settings}
             translator = stack.enter_context(Workers(model, num_workers=workers, threads=threads, **how))
         else:
             use_threads(threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-            translator = load(model, teacher=rerank, device=device, **settings)
+            translator = load(model, **how)
         if source is not None and target is not None:
             part_lines = settings["window"] * (1 if workers == 1 else 4 * workers)  # workers wait at a part's end
             report = translate_file(

@@ -125,5 +125,7 @@ class RunConfig(Section):
     def _no_seed_twice(self) -> RunConfig:
         for key, values in (self.sweep.grid if self.sweep else {}).items():
             if (is_seed(key) or key == "teacher.seed") and None in values and self.seed in values:
-                raise ValueError(f"sweep.grid.{key} has a seed twice: {values}, and null is the run's, {self.seed}")
+                raise ValueError(
+                    f"sweep.grid.{key} has a seed twice: {values}, and null is the run's, {self.seed}. Take one out"
+                )
         return self

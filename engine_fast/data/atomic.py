@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from engine_fast.errors import ConfigError, DataError
 
@@ -64,6 +64,14 @@ def new_directory(final: Path, *, marker: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _open_lock(directory: Path) -> IO[str]:
+    """Raises ConfigError for a directory that cannot be written to."""
+    try:
+        return (directory / _LOCK).open("w")
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be written to ({error.strerror}). Choose another --out.") from error
+
+
 @contextmanager
 def only_one(directory: Path) -> Iterator[None]:
     """Make `directory` and hold its .lock, so that two commands never write into it at once.
@@ -77,11 +85,7 @@ def only_one(directory: Path) -> Iterator[None]:
         raise ConfigError(f"{directory}: a file is in the way, expected a directory. Choose another --out.") from error
     except OSError as error:
         raise ConfigError(f"{directory}: cannot be made ({error.strerror}). Choose another --out.") from error
-    try:
-        opened = (directory / _LOCK).open("w")
-    except OSError as error:
-        raise ConfigError(f"{directory}: cannot be written to ({error.strerror}). Choose another --out.") from error
-    with opened as stream:
+    with _open_lock(directory) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -106,11 +110,7 @@ def try_only_one(directory: Path) -> Iterator[bool]:
     Raises ConfigError where the file system has no locks: several processes cannot share work there.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    try:
-        opened = (directory / _LOCK).open("w")
-    except OSError as error:
-        raise ConfigError(f"{directory}: cannot be written to ({error.strerror}). Choose another --out.") from error
-    with opened as stream:
+    with _open_lock(directory) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

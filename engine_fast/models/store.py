@@ -151,7 +151,7 @@ def load_model(
     directory = Path(directory)
     config = _read_config(directory)
     if kind is not None:
-        require_kind(directory, kind)
+        _check_kind(directory, config["kind"], kind)
     vocabularies = _read_vocabularies(directory, config)
     try:
         architecture = read_architecture(config["kind"], config["architecture"])
@@ -175,7 +175,10 @@ def load_model(
 
 def require_kind(directory: Path, kind: str) -> None:
     """Raises CheckpointError unless the directory holds a model of `kind`, as load_model has it."""
-    found = _read_config(directory)["kind"]
+    _check_kind(directory, _read_config(directory)["kind"], kind)
+
+
+def _check_kind(directory: Path, found: str, kind: str) -> None:
     if kind not in (found, _role(found)):
         raise CheckpointError(f"{directory}: holds a {found} model, expected a {kind} model. Give the other directory.")
 

@@ -50,8 +50,10 @@ def read_sides(tokenizer: Any, models: tuple[bytes, bytes], sizes: tuple[int, in
     apart = getattr(tokenizer, "separate_vocabs", False)
     if apart:
         lists = tokenizer.encoder, tokenizer.target_encoder
-        found = (_side(tokenizer, *each, origin, apart=True) for each in zip(lists, models, sizes, strict=True))
-        return next(found), next(found)
+        source, target = (
+            _side(tokenizer, *each, origin, apart=True) for each in zip(lists, models, sizes, strict=True)
+        )
+        return source, target
     source = _side(tokenizer, tokenizer.get_vocab(), models[0], sizes[0], origin)
     if models[0] == models[1] and sizes[0] == sizes[1]:
         return source, source
@@ -174,7 +176,9 @@ def _side(
         piece = pieces_of.get(row)
         if piece is None or row in special or (piece.startswith(">>") and piece.endswith("<<")):
             silent.append(len(pieces))
-        pieces.append(piece or (f"<row {row}>" if apart else _name(tokenizer, row)))
+        if piece is None:
+            piece = f"<row {row}>" if apart else _name(tokenizer, row)
+        pieces.append(piece)
     return Side(PieceVocabulary(model, pieces, silent, origin=origin), rows)
 
 
